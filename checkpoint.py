@@ -1,0 +1,108 @@
+"""Save, resume, export. A checkpoint is written aside and renamed: a folder without `.tmp` is complete.
+
+    OUT/checkpoints/step_000100/   sharded/: policy, critic, optimisers, base and precedent (PyTorch's distributed format)
+                                   buffer.safetensors, state.json: history, step
+    OUT/model/                     the policy in Hugging Face format
+
+Nothing random is saved because nothing random is carried over: prompts, draws, minibatches and request seeds are functions of
+(seed, step). The distributed format's metadata is a pickle: do not resume from a stranger's folder.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+
+def newest(out):
+    """Folder of the newest complete checkpoint of run `out`, or None."""
+    found = sorted(path for path in (Path(out) / "checkpoints").glob("step_*") if path.suffix != ".tmp")
+    return found[-1] if found else None
+
+
+def sharded_state(learners, snapshots):
+    """Everything that lives in shards, under stable names."""
+    state = {}
+    for name, learner in learners.items():
+        model, optimizer = get_state_dict(learner.module, learner.optimizer)
+        state[name] = {"model": model, "optimizer": optimizer}
+    for name, snapshot in snapshots.items():
+        state[name] = {str(i): tensor for i, tensor in enumerate(snapshot)}
+    return state
+
+
+def save(out, step, learners, snapshots, buffer, keep, ranks):
+    """Write the checkpoint of `step`. learners: name -> Learner; snapshots: name -> list of DTensors. A collective."""
+    folder = Path(out) / "checkpoints" / f"step_{step:06d}"
+    aside = folder.with_name(folder.name + ".tmp")
+    if ranks.first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(sharded_state(learners, snapshots), checkpoint_id=aside / "sharded")
+    if ranks.first:
+        tensors, state = {}, buffer.state_dict()
+        skeleton = pack(state, tensors, "")
+        save_file(tensors, aside / "buffer.safetensors")
+        (aside / "state.json").write_text(json.dumps({"step": step, "snapshots": sorted(snapshots), "buffer": skeleton}))
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        for old in sorted(folder.parent.glob("step_*"))[:-keep]:  # only now, when the new one is complete
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(folder, learners, buffer):
+    """Read a checkpoint into learners and buffer; returns (step, snapshots). Any number of ranks. A collective."""
+    state = json.loads((folder / "state.json").read_text())
+    snapshots = {name: learners["policy"].snapshot() for name in state["snapshots"]}
+    sharded = sharded_state(learners, snapshots)
+    dcp.load(sharded, checkpoint_id=folder / "sharded")
+    for name, learner in learners.items():
+        set_state_dict(learner.module, learner.optimizer, model_state_dict=sharded[name]["model"], optim_state_dict=sharded[name]["optimizer"])
+    buffer.load_state_dict(unpack(state["buffer"], load_file(folder / "buffer.safetensors")))
+    return state["step"], {name: [sharded[name][str(i)] for i in range(len(snapshot))] for name, snapshot in snapshots.items()}
+
+
+def pack(value, tensors, path):
+    """Replace every tensor in nested lists and dicts by {"tensor": key} and put it into `tensors`: JSON beside safetensors."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.contiguous().clone()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {key: pack(inner, tensors, f"{path}/{key}") for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [pack(inner, tensors, f"{path}/{i}") for i, inner in enumerate(value)]
+    return value
+
+
+def unpack(value, tensors):
+    """The inverse of pack()."""
+    if isinstance(value, dict):
+        return tensors[value["tensor"]] if value.keys() == {"tensor"} else {key: unpack(inner, tensors) for key, inner in value.items()}
+    return [unpack(inner, tensors) for inner in value] if isinstance(value, list) else value
+
+
+def export(folder, policy, tokenizer, ranks):
+    """Save the policy as a Hugging Face model with its tokenizer, written aside and renamed. A collective."""
+    weights = {}
+    for name, tensor in policy.full_tensors():  # every rank takes part, rank 0 keeps
+        if ranks.first:
+            weights[name] = tensor.cpu().clone()
+    if ranks.first:
+        folder = Path(folder)
+        aside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        lm = policy.module.lm
+        if lm.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        lm.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    dist.barrier()

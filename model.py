@@ -1,0 +1,210 @@
+"""Policy and critic under FSDP2: log-probs, entropy and values of response tokens, frozen snapshots, weight streaming.
+
+A sample is a dict with 1-D CPU tensors `prompt` (P,) and `response` (T,). The modules see micro-batches of right-padded rows
+(prompt, response, padding), so that attention needs no mask, and return (b, T) tensors over response tokens alone.
+Parameters are float32 masters; the computation is in bfloat16 on GPUs, float32 on CPUs.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM
+
+from distributed import gather
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal LM whose forward gives log π_θ and entropy of the response tokens at the sampling temperature.
+
+    The logits exist for `chunk_tokens` response tokens at once, in the backward pass too (each chunk is checkpointed): never a
+    (B, T, V) tensor. This must happen inside the root's forward, outside of which FSDP2 leaves the head's weight sharded.
+    """
+
+    def __init__(self, folder, temperature, chunk_tokens):
+        super().__init__()
+        self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.layers = self.lm.model.layers
+        self.temperature, self.chunk_tokens = temperature, chunk_tokens
+
+    def head(self, hidden, tokens):
+        """hidden (n, H), tokens (n,) -> log-probs (n,), entropies (n,), float32."""
+        logits = self.lm.lm_head(hidden).float() / self.temperature  # (n, V)
+        log_z = logits.logsumexp(-1)  # (n,)
+        logp = logits.gather(-1, tokens[:, None])[:, 0] - log_z
+        entropy = log_z - (logits.softmax(-1) * logits).sum(-1)
+        return logp, entropy
+
+    def forward(self, ids, where, tokens, mask):
+        """ids (b, L), where, tokens, mask (b, T) -> logp, entropy (b, T), 0 where mask is False."""
+        hidden = self.lm.model(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, H)
+        hidden, tokens = response_rows(hidden, where, mask), tokens[mask]  # (n, H), (n,)
+        chunks = [checkpoint(self.head, h, t, use_reentrant=False)
+                  for h, t in zip(hidden.split(self.chunk_tokens), tokens.split(self.chunk_tokens))]
+        logp, entropy = (torch.cat(parts) for parts in zip(*chunks))
+        return scatter(logp, mask), scatter(entropy, mask)
+
+
+class Critic(nn.Module):
+    """The same backbone with a value head (zero at the start); V is read at the position whose logits produce the token."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.backbone = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        self.layers = self.backbone.layers
+        self.value = nn.Linear(self.backbone.config.hidden_size, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, ids, where, tokens, mask):
+        """ids (b, L), where, mask (b, T) -> values (b, T), 0 where mask is False. `tokens` is not used."""
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, H)
+        return (scatter(self.value(response_rows(hidden, where, mask)).float()[:, 0], mask),)
+
+
+def response_rows(hidden, where, mask):
+    """hidden (b, L, H) at positions where (b, T), valid ones only -> (n, H)."""
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]  # (b, 1)
+    return hidden[rows, where][mask]
+
+
+def scatter(flat, mask):
+    """flat (n,) back to (b, T), 0 where mask is False; keeps the graph even where n is 0."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+# Micro-batches
+
+
+def deal(lengths, world, budget):
+    """Share rows out to ranks and pack them: shares[rank] = list of micro-batches, each a list of indices into `lengths`.
+
+    Rows go longest first to the rank with the fewest tokens; a micro-batch holds rows of like length while rows x longest <=
+    `budget` tokens (a longer row stands alone). Every rank gets the same number, empty ones where it has fewer: a collective
+    inside forward or backward would otherwise wait for ever.
+    """
+    loads, rows = [0] * world, [[] for _ in range(world)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += lengths[index]
+        rows[rank].append(index)
+    shares = []
+    for mine in rows:
+        share = []
+        for index in mine:
+            if share and (len(share[-1]) + 1) * lengths[share[-1][0]] <= budget:
+                share[-1].append(index)
+            else:
+                share.append([index])
+        shares.append(share)
+    most = max(map(len, shares))
+    return [share + [[] for _ in range(most - len(share))] for share in shares]
+
+
+def collate(samples, device, fields=()):
+    """Samples -> (model inputs, fields): ids (b, L); where, tokens, mask (b, T); each named field (b, T), 0 at padding.
+
+    An empty list gives one row of one masked token, so that a rank without work still takes part in every collective.
+    """
+    if not samples:
+        one = torch.zeros(1, 1, dtype=torch.long, device=device)
+        empty = {field: torch.zeros(1, 1, device=device) for field in fields}
+        return dict(ids=one, where=one, tokens=one, mask=one.bool()), empty
+
+    def pad(rows):
+        return pad_sequence(rows, batch_first=True).to(device)
+
+    prompts, responses = [s["prompt"] for s in samples], [s["response"] for s in samples]
+    inputs = dict(
+        ids=pad([torch.cat(pair) for pair in zip(prompts, responses)]),
+        where=pad([torch.arange(len(p) - 1, len(p) + len(r) - 1) for p, r in zip(prompts, responses)]),
+        tokens=pad(responses),
+        mask=pad([torch.ones(len(r), dtype=torch.bool) for r in responses]))
+    return inputs, {field: pad([s[field] for s in samples]) for field in fields}
+
+
+class Learner:
+    """One module under FSDP2 with its AdamW: predict, train, swap in a frozen snapshot, stream the weights out."""
+
+    def __init__(self, module, lr, cfg, ranks):
+        self.cfg, self.ranks, self.module, self.lr = cfg, ranks, module, lr
+        self.names = set(module.lm.state_dict()) if isinstance(module, Policy) else None  # what the engine must receive
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
+        sharding = dict(mesh=init_device_mesh(ranks.device.type, (ranks.world,)), reshard_after_forward=True,
+                        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        for layer in module.layers:
+            fully_shard(layer, **sharding)
+        fully_shard(module, **sharding)  # the root too reshards after forward: see swapped()
+        module.to(ranks.device)  # buffers; sharded parameters are there already
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, cfg.adam_beta2), weight_decay=cfg.weight_decay)
+
+    def my_micro_batches(self, samples):
+        """This rank's micro-batches of a list of samples that every rank holds: lists of indices, as many on each rank."""
+        lengths = [len(s["prompt"]) + len(s["response"]) for s in samples]
+        return deal(lengths, self.ranks.world, self.cfg.micro_tokens)[self.ranks.rank]
+
+    @torch.no_grad()
+    def predict(self, samples, progress=iter):
+        """First output of the module for every sample: list of (T,) CPU tensors, on every rank. A collective."""
+        if not samples:
+            return []
+        mine = {}
+        for indices in progress(self.my_micro_batches(samples)):
+            inputs, _ = collate([samples[i] for i in indices], self.ranks.device)
+            rows = self.module(**inputs)[0].float().cpu()  # (b, T)
+            mine.update({i: row[:len(samples[i]["response"])].clone() for i, row in zip(indices, rows)})
+        found = {}
+        for part in gather(mine):
+            found.update(part)
+        return [found[i] for i in range(len(samples))]
+
+    def backward(self, loss):
+        """Accumulate the gradient of this rank's share of a global sum. FSDP2 averages over ranks, hence the factor."""
+        (loss * self.ranks.world).backward()
+
+    def step(self, scale):
+        """Clip, update at learning rate lr x `scale`, clear. Returns the gradient's norm before clipping (float)."""
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.cfg.grad_clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * scale
+        if norm - norm == 0:  # neither inf nor NaN
+            self.optimizer.step()
+        elif self.ranks.first:
+            print(f"skipped an update: the gradient's norm is {norm}", flush=True)
+        self.optimizer.zero_grad()
+        return norm
+
+    def snapshot(self):
+        """A frozen copy of this rank's shards: a list of DTensors in the order of parameters()."""
+        return [p.detach().clone() for p in self.module.parameters()]
+
+    @contextlib.contextmanager
+    def swapped(self, snapshot):
+        """Inside, the module is the snapshot's policy; the shards are exchanged in place and back, bit for bit."""
+        self._exchange(snapshot)
+        try:
+            yield
+        finally:
+            self._exchange(snapshot)
+
+    @torch.no_grad()
+    def _exchange(self, snapshot):
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # an unsharded copy left from a forward would silently be used instead of the new shards
+        for live, frozen in zip(self.module.parameters(), snapshot, strict=True):
+            live, frozen = live.to_local(), frozen.to_local()
+            kept = live.clone()
+            live.copy_(frozen)
+            frozen.copy_(kept)
+
+    def full_tensors(self):
+        """Yield (Hugging Face name, full tensor) one at a time, tied heads included. A collective: all ranks, to the end."""
+        for name, tensor in self.module.lm.state_dict().items():
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

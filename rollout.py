@@ -1,0 +1,130 @@
+"""The vLLM engine inside the training process: take the trainer's weights, generate, sleep.
+
+Two alarms stop a run with a message rather than let it train on rubbish. Accounting: the engine holds the weights of the version
+asked for, every expected name was yielded and consumed, nothing is generated between sleep and the next update. And the gap
+between the sampler's log-probs and the trainer's (train.py, `gap_mean`), which cannot be seen from here.
+"""
+
+import contextlib
+import hashlib
+import os
+import random
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distributed import gather
+
+
+def request_seed(*parts):
+    """A 63-bit seed from (run seed, step, prompt, sample): each response has a stream of its own, whatever else is in the batch.
+
+    vLLM's own `n > 1` gives neighbouring seeds shared streams; hence one request per sample.
+    """
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Engine:
+    """One vLLM engine per rank, or per `cfg.tp` ranks. All methods are collective: every rank calls them in the same order."""
+
+    def __init__(self, folder, max_len, cfg, ranks, version=None):
+        """`folder`: the model's shape and tokenizer. `version`: what the weights in the folder are to be taken for; None:
+        nothing is generated before the first update(). `max_len`: prompt and response together (tokens)."""
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        local_world, threads = os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads()
+        from vllm import LLM
+
+        cuda = ranks.device.type == "cuda"
+        with preserved_rng():
+            self.llm = LLM(
+                folder, dtype=cfg.dtype, max_model_len=max_len, seed=cfg.seed, tensor_parallel_size=cfg.tp,
+                distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", max_num_seqs=256,
+                enforce_eager=not cuda, enable_sleep_mode=cuda, gpu_memory_utilization=cfg.engine_memory)
+        os.environ["LOCAL_WORLD_SIZE"] = local_world
+        torch.set_num_threads(threads)
+        self.ranks, self.tp, self.sleeps = ranks, cfg.tp, cuda
+        self.version, self.asleep = version, False
+
+    def update(self, version, tensors, expected):
+        """Wake up with the weights of `version`. `tensors`: iterator of (name, full tensor); `expected`: set of names.
+
+        Raises RuntimeError if the names are not the expected ones or were not all consumed. Does nothing if awake and current.
+        """
+        if self.version == version and not self.asleep:
+            return
+        self.version, yielded, ended = None, set(), False
+
+        def recorded():
+            nonlocal ended
+            for name, tensor in tensors:
+                yielded.add(name)
+                yield name, tensor
+            ended = True
+
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": recorded()})
+        if not ended or yielded != expected:
+            difference = sorted(yielded ^ expected)[:5]
+            raise RuntimeError(f"the engine did not take all weights of version {version}: consumed to the end: {ended}, "
+                               f"names that differ: {difference}")
+        self.llm.reset_prefix_cache()
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])  # only now: weights in transfer and cache together would be the memory's peak
+        self.version, self.asleep = version, False
+
+    def generate(self, prompts, seeds, version, temperature, max_tokens):
+        """Sample one response per request; all of them, in order, on every rank.
+
+        prompts: list of token-id lists; seeds: one per prompt. Returns dicts with `response` (T,) int64 including the end token,
+        `logp_sampler` (T,) float32 and `truncated`. Raises RuntimeError unless the engine is awake with `version`'s weights.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self.asleep or self.version != version:
+            state = "is asleep" if self.asleep else f"holds version {self.version}"
+            raise RuntimeError(f"generation with version {version} was asked of an engine that {state}: update() it first")
+        engines, engine = self.ranks.world // self.tp, self.ranks.rank // self.tp
+        mine = range(engine, len(prompts), engines)  # items engine, engine + engines, …
+        parameters = [SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_tokens, seed=seeds[i], logprobs=0,
+                                     detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for i in mine]
+        bar = partial(tqdm, leave=False, delay=2) if self.ranks.first else False
+        with preserved_rng():
+            outputs = self.llm.generate([{"prompt_token_ids": prompts[i]} for i in mine], parameters, use_tqdm=bar) if mine else []
+        if len(outputs) != len(mine):
+            raise RuntimeError(f"the engine returned {len(outputs)} responses to {len(mine)} requests")
+        peer = self.ranks.rank % self.tp  # tensor-parallel peers hold the same responses: each reports its share
+        found = {i: as_response(output.outputs[0]) for i, output in list(zip(mine, outputs))[peer::self.tp]}
+        for part in gather(found):
+            found.update(part)
+        return [found[i] for i in range(len(prompts))]
+
+    def sleep(self):
+        """Free the GPU for training: weights and cache are dropped, the next update() brings them back. Nothing on a CPU."""
+        if self.sleeps:
+            self.llm.sleep(level=2)
+            self.asleep, self.version = True, None
+
+
+def as_response(output):
+    """vLLM's completion as plain tensors."""
+    tokens = list(output.token_ids)
+    logp = [position[token].logprob for token, position in zip(tokens, output.logprobs)]
+    return dict(response=torch.tensor(tokens), logp_sampler=torch.tensor(logp, dtype=torch.float32), truncated=output.finish_reason == "length")
+
+
+@contextlib.contextmanager
+def preserved_rng():
+    """vLLM reseeds and advances the process's generators; the trainer's are put back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -1,0 +1,381 @@
+"""Train a language model with ReMix (arXiv 2507.06892), or with one of its relatives: `--algo`.
+
+    python train.py                                                        # the embedded default, one process, a CPU is enough
+    torchrun --standalone --nproc_per_node 2 train.py --algo ppo           # the same on two ranks: every rank trains and generates
+    torchrun --nproc_per_node 8 train.py --model DIR --data problems.jsonl # real models
+    python train.py --dry_run --steps 350 --prompts 256 --reincarnate 100  # the schedule, loading nothing
+
+One training step k, as in the paper's algorithm box:
+    1  generate B - ceil(pB) groups of responses with pi_k (vLLM holding the trainer's weights)
+    2  verify them, in worker processes, while step 4 runs
+    3  draw ceil(pB) groups of pi_{k-1} ... pi_{k-N} from the buffer
+    4  log-probs of the whole mixture under pi_k, pi_base and pi_{k-1}, values under the critic: no gradient
+    5  advantages under pi_k
+    6  m passes over the mixture in minibatches:  Mix-PPG + beta KL-convex - c H
+    7  push the fresh groups, tagged with k;  pi_{k-1} <- pi_k
+    at k = T: reincarnation. base <- the current policy, history off, utd_after passes from now on
+"""
+
+import json
+import os
+import random
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+import data
+import toy
+from advantage import gae, group_advantages, vtrace, whiten
+from buffer import RingBuffer
+from config import ConfigError, check, check_files, context_length, dry_run, exit_bad_input, fresh_before, parse, schedule, total_rollouts
+from distributed import gather, start
+from eval import evaluate, judge_rows, load_eval_data, reflects, summarise
+from loss import aggregate, kl, kl_convex, kl_lambda, mix_ppg, value_loss
+from metrics import Meter, Recorder, truncate
+from model import Critic, Learner, Policy, collate
+from reward import Judge
+from rollout import Engine, request_seed
+
+STORED = ("prompt", "response", "logp_sampler", "logp_behavior", "logp_base", "version", "prompt_index", "reward", "advantage")
+GAP_BOUND = {"float32": 1e-3, "bfloat16": 5e-2}  # mean |trainer - sampler|: measured 1e-7 and 3e-3 when weights agree
+
+
+def main(argv=None):
+    """Check everything that can be checked without a model, then train."""
+    try:
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        first = os.environ.get("RANK", "0") == "0"
+        if cfg.dry_run:
+            if first:
+                print(dry_run(cfg))
+            return
+        check_files(cfg)
+        problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(cfg.data, cfg.problem_key, cfg.answer_key)
+        held_out = load_eval_data(cfg.eval_data, cfg.data_dir) if cfg.eval_every else []
+        folder = cfg.model or toy.model_folder(first)
+        tokenizer = data.load_tokenizer(folder)
+        say = partial(print, flush=True) if first else lambda *_: None
+        problems, held_out = fit(cfg, folder, tokenizer, problems, held_out, say)
+    except ValueError as error:
+        exit_bad_input(error)
+    with Judge(cfg.reward_workers) as judge:
+        ranks = start(cfg.threads)
+        train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say)
+    dist.destroy_process_group()
+
+
+def fit(cfg, folder, tokenizer, problems, held_out, say):
+    """Choose template and style, fit lengths to the model's context, tokenise the prompts. Returns (problems, held_out)."""
+    if cfg.template == "auto":
+        cfg.template = data.default_template(folder, tokenizer)
+    if cfg.style == "auto":
+        cfg.style = data.STYLE_OF[cfg.template]
+    context = context_length(folder)
+    if context and cfg.max_prompt + cfg.max_response > context:
+        if cfg.max_prompt >= context:
+            raise ConfigError(f"--max_prompt {cfg.max_prompt} leaves no room for a response in the model's context of {context} tokens")
+        if cfg.sources["max_response"] == "flag":
+            raise ConfigError(f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the model's context of {context} tokens")
+        cfg.max_response = context - cfg.max_prompt
+        cfg.sources["max_response"] = "fitted to the model's context"
+        say(f"responses are limited to {cfg.max_response} tokens: the model's context is {context}, prompts take up to {cfg.max_prompt}")
+    problems, skipped = data.encode_prompts(problems, tokenizer, cfg.template, cfg.max_prompt)
+    if skipped:
+        say(f"skipped {skipped} of {skipped + len(problems)} prompts: longer than {cfg.max_prompt} tokens (--max_prompt)")
+    if held_out:
+        held_out, skipped = data.encode_prompts(held_out, tokenizer, cfg.template, cfg.max_prompt)
+        if skipped:
+            say(f"skipped {skipped} of {skipped + len(held_out)} evaluation prompts: longer than {cfg.max_prompt} tokens")
+    return problems, held_out
+
+
+def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
+    """The loop. Every rank runs it; every rank holds the same buffer, draws the same history and forms the same minibatches."""
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    # the engine first: it measures what memory is free
+    engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks)
+    policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens), cfg.lr, cfg, ranks)
+    learners = {"policy": policy}
+    if cfg.advantage == "gae":
+        learners["critic"] = Learner(Critic(folder), cfg.critic_lr, cfg, ranks)
+    buffer, prompts, done = RingBuffer(cfg.window), data.PromptStream(problems, cfg.seed), 0
+    snapshots = {"base": policy.snapshot()} if cfg.beta > 0 else {}
+    if cfg.resume:
+        latest = checkpoint.newest(cfg.out)
+        if latest:
+            done, snapshots = checkpoint.load(latest, learners, buffer)
+        say(f"resuming after step {done}")
+    if ranks.first:
+        open_run(cfg, done)
+    recorder, out = Recorder(cfg, ranks), Path(cfg.out)
+    progress = partial(tqdm, leave=False, delay=2) if ranks.first else (lambda items, **_: items)
+
+    def wake(version):
+        engine.update(version, policy.full_tensors(), policy.names)
+
+    def score(version):
+        """Evaluate the current policy; {} where no evaluation is due."""
+        if not cfg.eval_every or version % cfg.eval_every and version != cfg.steps:
+            return {}
+        with recorder.clock("eval"):
+            wake(version)
+            summary = summarise(evaluate(engine, judge, tokenizer, held_out, version, cfg.eval_k, cfg.eval_temperature,
+                                         cfg.max_response, cfg.style, cfg.seed))
+            engine.sleep()
+        return {"eval_accuracy": summary["pass@1"], "eval_length_mean": summary["length_mean"], "eval_truncated_share": summary["truncated_share"]}
+
+    if done == 0:
+        evaluated = score(0)
+        if evaluated:
+            recorder.write({"step": 0, "version": 0, "phase": "evaluation", "total_rollouts": 0} | evaluated)
+
+    for step in range(done + 1, cfg.steps + 1):
+        plan, version = schedule(cfg, step), step - 1
+        lam = kl_lambda(step, cfg.lambda_start, cfg.lambda_every, cfg.lambda_drop, cfg.lambda_floor)
+        with recorder.clock("step"):
+            # 1 generate with pi_k
+            with recorder.clock("generate"):
+                wake(version)
+                asked = prompts.take(fresh_before(cfg, step), plan.fresh)
+                fresh = generate(engine, asked, version, cfg)
+                engine.sleep()
+            # 2 verify, in the background
+            mine = [sample | {"response": text} for sample, text in decoded(tokenizer, fresh[ranks.rank::ranks.world])]
+            pending = judge.submit([(s["response"], s["answer"], cfg.style) for s in mine if not s["truncated"]])
+            # 3 draw history
+            drawn = buffer.sample(plan.history, version, random.Random(f"{cfg.seed}/draw/{step}"))
+            history = [dict(sample) for group in drawn for sample in group]
+            batch = fresh + history
+            # 4 log-probs under pi_k, base and precedent, values
+            with recorder.clock("logprobs"):
+                frozen_log_probs(policy, batch, version, lam, snapshots, cfg, progress)
+                if "critic" in learners:
+                    for sample, values in zip(batch, learners["critic"].predict(batch, partial(progress, desc="values"))):
+                        sample["values"] = values
+            gap = torch.cat([(s["logp_old"] - s["logp_sampler"]).abs() for s in fresh])  # (fresh tokens,)
+            check_gap(gap.mean().item(), version, cfg)
+            with recorder.clock("verify"):
+                verdicts = collect(mine, pending.result())
+                for i, sample in enumerate(fresh):
+                    sample["reward"], sample["reason"], sample["reflects"] = verdicts[i % ranks.world][i // ranks.world]
+            # 5 advantages under pi_k
+            batch_advantages(batch, cfg)
+            # 6 m passes of minibatch updates
+            meter = Meter()
+            with recorder.clock("update"):
+                scale = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
+                keep_previous = cfg.convex and cfg.anchor == "prev"
+                previous = policy.snapshot() if keep_previous else None
+                for minibatch in progress(list(minibatches(batch, plan.utd, cfg, step)), desc="updates"):
+                    update(learners, minibatch, lam, version, scale, meter, cfg)
+            # 7 push the fresh groups; pi_{k-1} <- pi_k; reincarnation at T
+            if plan.phase == "mixed":
+                stored = [{key: sample[key] for key in STORED if key in sample} for sample in fresh]
+                buffer.push(version, [stored[i:i + cfg.group_size] for i in range(0, len(stored), cfg.group_size)])
+            if keep_previous:
+                snapshots["prev"] = previous
+            if step == cfg.reincarnate:
+                buffer = RingBuffer(cfg.window)  # the cached base log-probs go with it
+                if cfg.beta > 0:
+                    snapshots["base"] = policy.snapshot()
+                say(f"reincarnation after step {step}: base <- policy, history off")
+        if ranks.first:
+            write_samples(out, step, tokenizer, fresh[:cfg.samples])
+        evaluated = score(step)
+        recorder.write(step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg) | {"lr": cfg.lr * scale} | evaluated)
+        if step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
+            checkpoint.save(cfg.out, step, learners, snapshots, buffer, cfg.keep, ranks)
+    checkpoint.export(out / "model", policy, tokenizer, ranks)
+    recorder.close()
+    say(f"the trained model is in {out / 'model'}")
+
+
+def open_run(cfg, done):
+    """Make the run folder with config.json, or cut its records back to the checkpoint that is resumed. Rank 0 alone."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "torch": torch.__version__, "argv": sys.argv[1:]}, indent=1)
+    aside = out / "config.json.tmp"
+    aside.write_text(text)
+    aside.replace(out / "config.json")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        truncate(out / name, done if done else -1)
+
+
+def generate(engine, asked, version, cfg):
+    """group_size responses to each (position, problem) of `asked` -> list of samples, group after group, the same on every rank."""
+    wanted = [(index, problem, i) for index, problem in asked for i in range(cfg.group_size)]
+    responses = engine.generate([problem["prompt_ids"] for _, problem, _ in wanted],
+                                [request_seed(cfg.seed, version, index, i) for index, _, i in wanted],
+                                version, cfg.temperature, cfg.max_response)
+    return [response | {"prompt": torch.tensor(problem["prompt_ids"]), "version": version, "prompt_index": index, "answer": problem["answer"]}
+            for (index, problem, _), response in zip(wanted, responses)]
+
+
+def decoded(tokenizer, samples):
+    return [(sample, tokenizer.decode(sample["response"], skip_special_tokens=True)) for sample in samples]
+
+
+def collect(mine, verdicts):
+    """Verdicts on this rank's responses -> gathered lists of (reward, reason, reflects), one list a rank. A collective."""
+    verdicts = iter(verdicts)
+    return gather([(0.0, "truncated", reflects(s["response"])) if s["truncated"] else (*next(verdicts), reflects(s["response"])) for s in mine])
+
+
+def frozen_log_probs(policy, batch, version, lam, snapshots, cfg, progress):
+    """Step 4: logp_old on every sample, logp_base and logp_prev where the loss needs them and nobody knows them yet."""
+    def predict(samples, name):
+        for sample, logp in zip(samples, policy.predict(samples, partial(progress, desc=name))):
+            sample[name] = logp  # (T,)
+
+    predict(batch, "logp_old")
+    for sample in batch:
+        if sample["version"] == version:
+            sample["logp_behavior"] = sample["logp_old"]  # the trainer's own, never the engine's
+    if "base" in snapshots:
+        unknown = [sample for sample in batch if "logp_base" not in sample]  # history has it from when it was fresh
+        if version == (cfg.reincarnate if 0 < cfg.reincarnate <= version else 0):  # pi_k is the base itself
+            for sample in unknown:
+                sample["logp_base"] = sample["logp_old"]
+        else:
+            with policy.swapped(snapshots["base"]):
+                predict(unknown, "logp_base")
+    if "base" in snapshots and lam < 1:
+        for sample in batch:
+            if sample["version"] == version - 1 and cfg.anchor == "prev":
+                sample["logp_prev"] = sample["logp_behavior"]  # pi_{k-1} wrote it
+            elif cfg.anchor == "old" or "prev" not in snapshots:  # pi_{-1} = pi_0
+                sample["logp_prev"] = sample["logp_old"]
+        if cfg.anchor == "prev" and "prev" in snapshots:
+            with policy.swapped(snapshots["prev"]):
+                predict([sample for sample in batch if "logp_prev" not in sample], "logp_prev")
+
+
+def check_gap(gap, version, cfg):
+    """Stop when sampler and trainer disagree by more than rounding: the engine has other weights, or another temperature."""
+    bound = cfg.max_gap or GAP_BOUND[cfg.dtype]
+    if not gap <= bound:
+        raise RuntimeError(f"mean |trainer - sampler| log-prob is {gap:.2e} at version {version}, above {bound:.0e} (--max_gap): "
+                           "the engine's weights are not the trainer's")
+
+
+def batch_advantages(batch, cfg):
+    """Step 5. PPO: from the current critic, whitened over the mixture. GRPO: the group's, stored with it when it was fresh."""
+    if cfg.advantage == "group":
+        fresh = [sample for sample in batch if "advantage" not in sample]
+        rewards = torch.tensor([s["reward"] for s in fresh], dtype=torch.float32)  # (B,)
+        for sample, a in zip(fresh, group_advantages(rewards, torch.tensor([s["prompt_index"] for s in fresh]))):
+            sample["advantage"] = a.item()
+        for sample in batch:
+            sample["advantages"] = torch.full_like(sample["logp_old"], sample["advantage"])  # (T,)
+        return
+    for sample in batch:
+        sample["rewards"] = torch.zeros_like(sample["values"])
+        sample["rewards"][-1] = sample["reward"]  # at the end token
+    inputs, b = collate(batch, "cpu", ("rewards", "values", "logp_old", "logp_behavior"))
+    mask = inputs["mask"]  # (B, T)
+    if cfg.history_advantage == "gae":
+        advantages, returns = gae(b["rewards"], b["values"], mask, cfg.gamma, cfg.gae_lambda)
+    else:
+        advantages, returns = vtrace(b["rewards"], b["values"], b["logp_old"], b["logp_behavior"], mask, cfg.gamma, cfg.gae_lambda)
+    for sample, a, r in zip(batch, whiten(advantages, mask), returns):
+        n = len(sample["response"])
+        sample["advantages"], sample["returns"] = a[:n], r[:n]
+
+
+def minibatches(batch, passes, cfg, step):
+    """Step 6's order: each pass goes over all groups once, shuffled, `cfg.minibatch` groups at a time. Yields lists of samples."""
+    groups = [batch[i:i + cfg.group_size] for i in range(0, len(batch), cfg.group_size)]
+    for i in range(passes):
+        order = random.Random(f"{cfg.seed}/minibatches/{step}/{i}").sample(groups, len(groups))
+        for begin in range(0, len(order), cfg.minibatch):
+            yield [sample for group in order[begin:begin + cfg.minibatch] for sample in group]
+
+
+def update(learners, minibatch, lam, version, scale, meter, cfg):
+    """One optimiser step on a minibatch: Mix-PPG + beta KL-convex - c H, and the critic's value loss.
+
+    Losses are sums divided by the minibatch's global counts, so that ranks and micro-batches add up to the same gradient.
+    """
+    policy, critic = learners["policy"], learners.get("critic")
+    tokens = sum(len(sample["response"]) for sample in minibatch)
+    denominator = {"token": tokens, "sequence": len(minibatch), "constant": len(minibatch) * cfg.max_response}[cfg.aggregate]
+    fields = ["logp_old", "logp_behavior", "advantages"] + [f for f in ("logp_base", "logp_prev", "values", "returns") if f in minibatch[0]]
+    for indices in policy.my_micro_batches(minibatch):
+        samples = [minibatch[i] for i in indices]
+        inputs, b = collate(samples, policy.ranks.device, fields)
+        mask = inputs["mask"]  # (b, T)
+        logp, entropy = policy.module(**inputs)
+        loss, stats = mix_ppg(logp, b["logp_old"], b["logp_behavior"], b["advantages"], cfg.clip_low, cfg.clip_high)
+        meter.add("policy_loss", loss, mask)
+        if "logp_base" in b:
+            loss = loss + cfg.beta * kl_convex(logp, b["logp_base"], b.get("logp_prev"), lam, cfg.kl_estimator)
+        loss = loss - cfg.entropy * entropy
+        policy.backward(aggregate(loss, mask, cfg.aggregate, denominator))
+        if critic:
+            values, = critic.module(**inputs)
+            loss = value_loss(values, b["values"], b["returns"], cfg.value_clip)
+            meter.add("value_loss", loss, mask)
+            critic.backward(aggregate(loss, mask, "token", tokens))
+        measure(meter, samples, logp.detach(), entropy, stats, b, mask, version, cfg)
+    for name, learner in learners.items():
+        meter.add(f"{name}_grad_norm", torch.tensor(learner.step(scale)))
+
+
+def measure(meter, samples, logp, entropy, stats, b, mask, version, cfg):
+    """Per-token statistics of one micro-batch, fresh and history apart."""
+    meter.add("entropy", entropy, mask)
+    meter.add("clip_low_share", stats["clipped_low"], mask)
+    meter.add("clip_high_share", stats["clipped_high"], mask)
+    for name in ("base", "prev"):
+        if f"logp_{name}" in b:
+            meter.add(f"kl_{name}", kl(logp, b[f"logp_{name}"], cfg.kl_estimator), mask)
+    fresh = torch.tensor([s["version"] == version for s in samples], dtype=torch.bool, device=mask.device)[:, None] if samples else mask
+    meter.add("ratio_fresh", stats["ratio"], mask & fresh)
+    meter.add("ratio_history", stats["ratio"], mask & ~fresh)
+
+
+def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
+    """The record of one training step; names are explained in metrics.METRICS. A collective (the meter's)."""
+    mean, most = meter.gathered()
+    lengths = [len(s["response"]) for s in fresh]
+    ages = [step - 1 - s["version"] for s in batch]
+    record = dict(
+        step=step, version=step - 1, phase=plan.phase, fresh_rollouts=len(fresh), total_rollouts=total_rollouts(cfg, step),
+        accuracy=sum(s["reward"] == 1 for s in fresh) / len(fresh), reward=sum(s["reward"] for s in batch) / len(batch),
+        length_mean=sum(lengths) / len(fresh), length_max=max(lengths), truncated_share=sum(s["truncated"] for s in fresh) / len(fresh),
+        unjudged_share=sum(s["reason"] not in (None, "wrong", "truncated") for s in fresh) / len(fresh),
+        reflection_rate=sum(s["reflects"] for s in fresh) / len(fresh),
+        ratio_mean_fresh=mean.get("ratio_fresh"), ratio_max_fresh=most.get("ratio_fresh"),
+        ratio_mean_history=mean.get("ratio_history"), ratio_max_history=most.get("ratio_history"),
+        grad_norm=mean["policy_grad_norm"], critic_grad_norm=mean.get("critic_grad_norm"),
+        staleness=[ages.count(age) for age in range(cfg.window + 1)], gap_mean=gap.mean().item(), gap_max=gap.max().item())
+    record |= {name: mean.get(name) for name in ("kl_base", "kl_prev", "clip_low_share", "clip_high_share", "entropy", "policy_loss", "value_loss")}
+    record["lambda"] = lam if cfg.beta > 0 else None
+    if history:
+        w = torch.cat([s["logp_old"] - s["logp_behavior"] for s in history]).double().exp()  # (history tokens,)
+        record["ess"] = (w.sum() ** 2 / (len(w) * (w ** 2).sum())).item()
+    if cfg.advantage == "gae":
+        returns, values = (torch.cat([s[name] for s in batch]).double() for name in ("returns", "values"))
+        record["explained_variance"] = (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else None
+    return record
+
+
+def write_samples(out, step, tokenizer, samples):
+    """Some fresh responses of the step, for reading."""
+    with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
+        for sample, text in decoded(tokenizer, samples):
+            file.write(json.dumps({"step": step, "prompt": tokenizer.decode(sample["prompt"]), "response": text, "answer": sample["answer"],
+                                   "reward": sample["reward"], "reason": sample["reason"]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
