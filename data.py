@@ -19,7 +19,7 @@ _STEPS = r" Let's think step by step and output the final answer within \boxed{}
 _SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # Qwen2.5-Math's system prompt
 # name: the chat messages, or the plain text, for a problem
 TEMPLATES = {
-    "r1": lambda problem: [{"role": "user", "content": problem + _STEPS}],  # the paper's, with DeepSeek-R1's chat format
+    "r1": lambda problem: [{"role": "user", "content": problem + _STEPS}],  # the paper's
     "qwen-math": lambda problem: [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": problem}],
     "plain": lambda problem: problem + "\n" + _STEPS.strip() + "\n",  # for models without a chat format
     "raw": lambda problem: problem,  # the toy task
@@ -61,13 +61,13 @@ def load_problems(path: str | os.PathLike, problem_key: str = "problem", answer_
     if not rows:
         raise ValueError(f"{path}: holds no problems; expected objects with {problem_key!r} and {answer_key!r}")
 
-    problems = []
+    problems, seen = [], {}  # seen: id -> where
     for row, (where, item) in enumerate(rows):
         if not isinstance(item, dict):
             raise ValueError(f"{where}: a {type(item).__name__}, not an object with {problem_key!r} and {answer_key!r}")
         for key, option in ((problem_key, "problem_key"), (answer_key, "answer_key")):
             if key not in item:
-                raise ValueError(f"{where}: no {key!r} among its keys {sorted(item)}; add it, or name the right {option}")
+                raise ValueError(f"{where}: no {key!r} among its keys {list(item)}; add it or name the right {option}")
         problem, answer = item[problem_key], item[answer_key]
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{where}: {problem_key!r} must be a string with text in it, not {_short(problem)}")
@@ -80,6 +80,9 @@ def load_problems(path: str | os.PathLike, problem_key: str = "problem", answer_
             "".join([problem, identity, *answers]).encode()
         except UnicodeEncodeError:
             raise ValueError(f"{where}: a \\ud800 escape without its pair; no tokenizer takes it, remove it") from None
+        if identity in seen:
+            raise ValueError(f"{where}: id {_short(identity)} is taken by {seen[identity]}; make ids unique or drop them")
+        seen[identity] = where
         problems.append({"id": identity, "problem": problem,
                          "answer": answers if isinstance(answer, list) else answers[0]})
     return problems
@@ -120,10 +123,11 @@ def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list
     paths = [Path(folder) / f"{name}.jsonl", Path(folder) / "benchmarks" / f"{name}.jsonl"]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise ValueError(f"no {name}.jsonl in {folder} or its benchmarks folder: point --data_dir at the one that has it")
+        raise ValueError(f"no {name}.jsonl in {folder} or its benchmarks folder: pass the --data_dir that has it")
     problems = load_problems(path)
     if len(problems) != BENCHMARKS[name]:
-        raise ValueError(f"{path}: {len(problems)} problems, but {name} has {BENCHMARKS[name]}; scores would not compare")
+        raise ValueError(f"{path}: {len(problems)} problems, but {name} has {BENCHMARKS[name]}; get the whole file, or "
+                         "scores would not compare")
     return problems
 
 
@@ -152,24 +156,24 @@ def default_template(model_name_or_path: str, tokenizer) -> str:
     if not tokenizer.chat_template:
         return "plain"
     name = str(model_name_or_path).lower()
-    probe = tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False, add_generation_prompt=True)
-    return "r1" if "r1" in name and "distill" in name or probe.rstrip().endswith("<think>") else "qwen-math"
+    r1 = "r1" in name and "distill" in name
+    return "r1" if r1 or render("1", tokenizer, "r1").rstrip().endswith("<think>") else "qwen-math"
 
 
 def render(problem_text: str, tokenizer, template: str) -> str:
-    """The prompt as text. Raises ValueError for an unknown template, or one that the tokenizer's chat format refuses."""
+    """The prompt as text. Raises ValueError for an unknown template, or one the tokenizer's chat format refuses."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}: choose one of {', '.join(TEMPLATES)}")
     prompt = TEMPLATES[template](problem_text)
     if isinstance(prompt, str):
         return prompt
     if not tokenizer.chat_template:
-        raise ValueError(f"template {template!r} needs a chat template, which this tokenizer lacks: use --template plain")
+        raise ValueError(f"template {template!r} needs a chat template, this tokenizer has none: choose --template plain")
     try:
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja: some chat formats refuse a system message
-        raise ValueError(f"this tokenizer's chat template refuses template {template!r} ({error}): use --template plain"
-                         ) from error
+        raise ValueError(f"this tokenizer's chat template refuses template {template!r} ({error}): choose --template "
+                         "plain") from error
 
 
 def encode(problem_text: str, tokenizer, template: str) -> list[int]:
@@ -213,7 +217,7 @@ class PromptStream:
             epoch, row = divmod(position, len(self.problems))
             if self._order[0] != epoch:
                 order = list(range(len(self.problems)))
-                random.Random(f"{self.seed}/{epoch}").shuffle(order)  # a str seed: the same on every machine and version
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)  # a str seed: the same on every machine
                 self._order = (epoch, order)
             taken.append((position, self.problems[self._order[1][row]]))
         return taken

@@ -15,8 +15,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from distributed import gather
+
+
+def pretrained(kind, folder):
+    """A float32 model on the CPU from a Hugging Face folder; no code from the folder is run."""
+    disable_progress_bar()
+    return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
 
 class Policy(nn.Module):
@@ -28,7 +35,7 @@ class Policy(nn.Module):
 
     def __init__(self, folder, temperature, chunk_tokens):
         super().__init__()
-        self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.lm = pretrained(AutoModelForCausalLM, folder)
         self.layers = self.lm.model.layers
         self.temperature, self.chunk_tokens = temperature, chunk_tokens
 
@@ -55,7 +62,7 @@ class Critic(nn.Module):
 
     def __init__(self, folder):
         super().__init__()
-        self.backbone = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        self.backbone = pretrained(AutoModel, folder)
         self.layers = self.backbone.layers
         self.value = nn.Linear(self.backbone.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 # boxed: the last \boxed{} of the response.  think: exactly one </think> (the prompt opened the tag), then the last box
 # after it.  hash: the toy task, what follows the last #, compared as text.
 STYLES = ("boxed", "think", "hash")
-MAX_BOX = 4096  # characters; a longer box is no answer, and is not worth a parser's time. The benchmarks' longest has 204
+MAX_BOX = 4096  # characters; a longer box is no answer and not worth a parser's time (the benchmarks' longest has 204)
 START_SECONDS = 120.0  # for a worker to import math-verify: about 1 s, far more on a cold network disk
 WORKER_MEMORY = 2 << 30  # bytes of address space
 _FILE = os.path.abspath(__file__)
@@ -130,9 +130,10 @@ class Judge:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this Judge is closed")
-            while not all(isinstance(look, Verdict) for look in looks) and len(self._threads) < self.workers:
-                self._threads.append(threading.Thread(target=self._serve, name="reward", daemon=True))
-                self._threads[-1].start()
+            if not self._threads and any(isinstance(look, dict) for look in looks):
+                self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(self.workers)]
+                for thread in self._threads:
+                    thread.start()
             for index, look in enumerate(looks):
                 if isinstance(look, Verdict):
                     batch.put(index, look)

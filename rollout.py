@@ -34,7 +34,6 @@ class Engine:
         """`folder`: the model's shape and tokenizer. `version`: what the weights in the folder are to be taken for; None:
         nothing is generated before the first update(). `max_len`: prompt and response together (tokens)."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         local_world, threads = os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads()
         from vllm import LLM
@@ -44,7 +43,8 @@ class Engine:
             self.llm = LLM(
                 folder, dtype=cfg.dtype, max_model_len=max_len, seed=cfg.seed, tensor_parallel_size=cfg.tp,
                 distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", max_num_seqs=256,
-                enforce_eager=not cuda, enable_sleep_mode=cuda, gpu_memory_utilization=cfg.engine_memory)
+                enforce_eager=not cuda, enable_sleep_mode=cuda, gpu_memory_utilization=cfg.engine_memory,
+                kv_cache_memory_bytes=None if cuda else 1 << 30, use_tqdm_on_load=False)
         os.environ["LOCAL_WORLD_SIZE"] = local_world
         torch.set_num_threads(threads)
         self.ranks, self.tp, self.sleeps = ranks, cfg.tp, cuda
@@ -95,7 +95,8 @@ class Engine:
         mine = range(engine, len(prompts), engines)  # items engine, engine + engines, …
         parameters = [SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_tokens, seed=seeds[i], logprobs=0,
                                      detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for i in mine]
-        bar = partial(tqdm, leave=False, delay=2) if self.ranks.first else False
+        long = len(mine) * max_tokens > 50_000  # tokens: worth a progress bar
+        bar = partial(tqdm, leave=False) if long and self.ranks.first else False
         with preserved_rng():
             outputs = self.llm.generate([{"prompt_token_ids": prompts[i]} for i in mine], parameters, use_tqdm=bar) if mine else []
         if len(outputs) != len(mine):

@@ -248,6 +248,7 @@ def test_lambda_arguments():
     assert [kl_lambda(step, start=20, every=5) for step in (20, 21, 25, 26, 46)] == [1.0, 0.9, 0.9, 0.8, 0.5]
     assert [kl_lambda(step, start=0, every=1, drop=0.25, floor=0.1) for step in (0, 1, 3, 4)] == [1.0, 0.75, 0.25, 0.1]
     assert kl_lambda(100, floor=1.0) == 1.0 and kl_lambda(10**6, floor=1 / 3) == 1 / 3
+    assert kl_lambda(111, floor=0.0) == 0.3  # 1 − 0.1·7 is 0.29999999999999993 in floats
     assert kl_lambda(51, drop=0.0) == 1.0 and kl_lambda(70, drop=0.07, floor=0.0) == 0.86
     # the ceiling is exact also where a float quotient is not: (10¹⁷ + 1)/10¹⁶ rounds to 10
     assert kl_lambda(10**17 + 1, start=0, every=10**16, drop=0.01) == 0.89
