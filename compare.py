@@ -96,7 +96,7 @@ def markdown(header, rows):
 def tables(results, budget, target, seeds):
     """Both tables as markdown. results: {row: {lr: summaries of the seeds that have finished}}."""
     columns = [f"fresh rollouts to {target:.0%}: median [each seed]", "final accuracy: median [min, max]",
-               "response length (tokens)", "seconds"]
+               "response length (tokens)", "training time (s)"]
     chosen, full = [], []
     for row, by_lr in results.items():
         ran = {lr: summaries for lr, summaries in by_lr.items() if summaries}
@@ -266,12 +266,14 @@ def demo(args):
                      f"{scores['length_mean']:.1f}", f"{seen['seconds']:.0f}"])
         reached.append(seen["rollouts"])
     header = ["algorithm", f"fresh rollouts to {args.target:.0%}", "final accuracy (held-out)",
-              "response length (tokens)", "seconds"]
+              "response length (tokens)", "training time (s)"]
     print(f"\n{markdown(header, rows)}\n")
-    if all(reached):
-        print(f"Fresh rollouts to {args.target:.0%}, PPO over ReMix-PPO: {reached[1] / reached[0]:.2f} (one seed).")
+    remix, ppo = reached
+    if remix:
+        ratio = f"{ppo / remix:.2f}" if ppo is not None else f"above {args.budget / remix:.2f}"
+        print(f"Fresh rollouts to {args.target:.0%}, PPO over ReMix-PPO: {ratio} (one seed).")
     else:
-        print(f"No ratio: not both runs went from below to {args.target:.0%} within {args.budget} fresh rollouts.")
+        print(f"No ratio: ReMix-PPO did not go from below to {args.target:.0%} within {args.budget} fresh rollouts.")
     title = f"ReMix-PPO and PPO, {args.budget} fresh rollouts each"
     plot.figure([plot.load_run(run) for run in runs], folder / "demo.png", title)
     print(*map(os.path.relpath, [folder / "demo.png", *runs]))

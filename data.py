@@ -81,8 +81,8 @@ def load_problems(path: str | os.PathLike, problem_key: str = "problem", answer_
         except UnicodeEncodeError:
             raise ValueError(f"{where}: a \\ud800 escape without its pair; no tokenizer takes it, remove it") from None
         if identity in seen:
-            raise ValueError(f"{where}: id {_short(identity)} is taken by {seen[identity]}; make ids unique or drop them")
-        seen[identity] = where
+            raise ValueError(f"{where}: id {_short(identity)} is that of {seen[identity]}; make ids unique or drop them")
+        seen[identity] = where.rpartition(", ")[2]
         problems.append({"id": identity, "problem": problem,
                          "answer": answers if isinstance(answer, list) else answers[0]})
     return problems
@@ -168,7 +168,8 @@ def render(problem_text: str, tokenizer, template: str) -> str:
     if isinstance(prompt, str):
         return prompt
     if not tokenizer.chat_template:
-        raise ValueError(f"template {template!r} needs a chat template, this tokenizer has none: choose --template plain")
+        raise ValueError(f"template {template!r} needs a chat template, which this tokenizer lacks: choose --template "
+                         "plain")
     try:
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja: some chat formats refuse a system message

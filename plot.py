@@ -4,8 +4,8 @@
 
 Evaluation accuracy against fresh rollouts, steps and time; importance ratio, response length, reflection, entropy, KL
 and staleness against steps. Runs that differ in nothing but their seed share a colour: the median as a line in a band
-from the lowest to the highest seed where their x is shared, a thin line per run elsewhere (time never is).
-The last line of output is the path of the picture.
+from the lowest to the highest seed where their x is shared, a thin line per run elsewhere (time never is). Lines of 40
+points and more are drawn faint, under their running median over a twentieth. The last line of output is the PNG's path.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-X_LABELS = {"total_rollouts": "fresh rollouts (responses)", "step": "training step", "seconds": "time (s)"}
+X_LABELS = {"total_rollouts": "fresh rollouts (responses)", "step": "training step", "seconds": "training time (s)"}
 PANELS = (  # x, title, y axis, {metric: (line style, name in the panel's legend)}
     ("total_rollouts", "Accuracy by rollouts", "right answers (share)", {"eval_accuracy": ("-", "")}),
     ("step", "Accuracy by steps", "right answers (share)", {"eval_accuracy": ("-", "")}),
@@ -97,8 +97,12 @@ def curve(axis, lines, colour, style="-"):
         axis.fill_between(xs[0], [min(y) for y in ys], [max(y) for y in ys], color=colour, alpha=0.15, linewidth=0)
         lines = [list(zip(xs[0], [statistics.median(y) for y in ys]))]
     for line in lines:
-        axis.plot(*zip(*line), style, color=colour, linewidth=1.6 if len(lines) == 1 else 0.9,
-                  marker="." if len(line) == 1 else "")
+        x, y = zip(*line)
+        half = len(y) // 40
+        smooth = [statistics.median(y[max(i - half, 0):i + half + 1]) for i in range(len(y))]
+        axis.plot(x, smooth, style, color=colour, linewidth=1.6 if len(lines) == 1 else 0.9, marker="." * (len(y) == 1))
+        if half:
+            axis.plot(x, y, color=colour, linewidth=0.6, alpha=0.35)
 
 
 def figure(runs, path, title=None):
@@ -138,9 +142,11 @@ def figure(runs, path, title=None):
                 axis.axvline(row[x], color=colours[label], linestyle=":", linewidth=1)
         axis.set(xlabel=X_LABELS[x], ylabel=y_label)
         if "kl_base" in metrics and max(drawn) > 0:
-            axis.set_yscale("log")
+            axis.set_yscale("log", nonpositive="mask")
         else:
             axis.ticklabel_format(useOffset=False)
+        if not any(drawn):
+            axis.set_ylim(0, 1)
         axis.grid(alpha=0.25)
         if len(metrics) > 1:
             styles = [Line2D([], [], color="0.3", linestyle=style) for style, _ in metrics.values()]

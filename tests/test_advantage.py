@@ -37,7 +37,8 @@ def slow(rewards, values, trace, gamma, lam):
     n = len(rewards)
     delta = [rewards[j] + (gamma * values[j + 1] if j + 1 < n else 0.0) - values[j] for j in range(n)]
     advantages = [
-        sum((gamma * lam) ** (j - s) * math.prod(trace[s + 1 : j + 1]) * delta[j] for j in range(s, n)) for s in range(n)
+        sum((gamma * lam) ** (j - s) * math.prod(trace[s + 1 : j + 1]) * delta[j] for j in range(s, n))
+        for s in range(n)
     ]
     return advantages, [trace[s] * advantages[s] + values[s] for s in range(n)]
 

@@ -1,0 +1,275 @@
+"""data.py: files good and bad, templates, prompt lengths, and the order of a run's prompts.
+
+Where $REMIX_DATA names a folder, its problems are used; elsewhere a folder of the same shape is generated.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import data
+
+ROOT = Path(data.__file__).parent
+CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+SUFFIX = r"Let's think step by step and output the final answer within \boxed{}."
+
+
+def benchmark_folder(tmp: Path) -> Path:
+    """$REMIX_DATA, or a generated folder with every benchmark at its size."""
+    if os.environ.get("REMIX_DATA"):
+        return Path(os.environ["REMIX_DATA"])
+    rng = random.Random(0)
+    forms = [lambda a, b: str(a), lambda a, b: f"{a}.0", lambda a, b: rf"\frac{{{a}}}{{{b}}}", lambda a, b: f"({a}, {b})",
+             lambda a, b: rf"{a}\sqrt{{{b}}}", lambda a, b: f"x^{b % 7 + 2} - {a}", lambda a, b: f"{a}.{b}e-{b % 9 + 5}",
+             lambda a, b: rf"{a} \times 10^{{{b}}}", lambda a, b: rf"[{-a}, \infty)", lambda a, b: rf"{a}\pi"]
+    (tmp / "benchmarks").mkdir()
+    for name, count in data.BENCHMARKS.items():
+        with open(tmp / "benchmarks" / f"{name}.jsonl", "w") as file:
+            for i in range(count):
+                answer = forms[i % len(forms)](rng.randint(2, 999), rng.randint(2, 30))
+                row = {"id": f"{name}/{i}", "problem": f"Find ${answer}$.", "answer": [answer] if i % 2 else answer}
+                file.write(json.dumps(row) + "\n")
+    return tmp
+
+
+def make_tokenizer(chat_template=None, bos=False, eos="<eos>"):
+    """One token a character; <think> and <|...|> marks are single tokens."""
+    characters = [chr(i) for i in range(32, 127)] + ["\n"]
+    special = ["<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "?"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(special + characters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=eos,
+                                   additional_special_tokens=special[2:6])
+    fast.chat_template = chat_template
+    return fast
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_every_kind_of_answer_and_id(tmp_path):
+    rows = [{"id": "a", "problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": 4, "more": [1]},
+            {"problem": "1/2?", "answer": [0.5, "1/2"]}, {"id": 7, "problem": " as it is \n", "answer": 27.0}]
+    expected = [{"id": "a", "problem": "1+1?", "answer": "2"}, {"id": "set/1", "problem": "2+2?", "answer": "4"},
+                {"id": "set/2", "problem": "1/2?", "answer": ["0.5", "1/2"]},
+                {"id": "7", "problem": " as it is \n", "answer": "27.0"}]
+    lines = write(tmp_path / "set.jsonl", "\n\n".join(json.dumps(row) for row in rows) + "\r\n\n")
+    assert data.load_problems(lines) == data.load_problems(str(lines)) == expected
+    assert data.load_problems(write(tmp_path / "set.json", json.dumps(rows, indent=1))) == expected
+
+
+def test_keys_can_be_named(tmp_path):
+    path = write(tmp_path / "q.jsonl", '{"question": "1+1?", "final": 2}')
+    assert data.load_problems(path, "question", "final") == [{"id": "q/0", "problem": "1+1?", "answer": "2"}]
+
+
+@pytest.mark.parametrize("escape", [True, False])
+def test_unicode_survives_and_only_newlines_end_a_line(tmp_path, escape):
+    text = "Größe π\u2028übrig \U0001d54f \x85 naïve"
+    row = json.dumps({"problem": text, "answer": "π"}, ensure_ascii=escape)
+    assert data.load_problems(write(tmp_path / "u.jsonl", "\ufeff" + row))[0]["problem"] == text
+
+
+GOOD = '{"problem": "p", "answer": "1"}\n'
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("missing.jsonl", None, ["No such file", "check the path"]),
+    ("set.parquet", "PAR1", [".jsonl", ".json"]),
+    ("empty.jsonl", "", ["no problems", "'problem'"]),
+    ("blank.jsonl", "\n \n", ["no problems"]),
+    ("empty.json", " ", ["no problems"]),
+    ("none.json", "[]", ["no problems"]),
+    ("bad.jsonl", GOOD + '{"problem": "p", "answer": }\n', ["line 2", "column 28", "malformed", "fix"]),
+    ("cut.jsonl", GOOD + GOOD[:20], ["line 2", "malformed"]),
+    ("bad.json", '[{"problem": "p",\n "answer" 1}]', ["line 2", "malformed"]),
+    ("deep.jsonl", GOOD + "[" * 100_000, ["line 2", "fix"]),
+    ("digits.jsonl", GOOD + '{"problem": "p", "answer": ' + "9" * 5000 + "}", ["line 2", "fix"]),
+    ("object.json", '{"problem": "p", "answer": "1"}', ["dict", "[ ]"]),
+    ("list.jsonl", GOOD + "[1, 2]\n", ["line 2", "list", "not an object"]),
+    ("item.json", "[" + GOOD + ', "p"]', ["item 2", "str", "not an object"]),
+    ("key.jsonl", GOOD + '{"question": "p", "answer": "1"}', ["line 2", "'problem'", "'question'", "problem_key"]),
+    ("answer.jsonl", GOOD + '{"problem": "p", "solution": "1"}', ["line 2", "'answer'", "'solution'", "answer_key"]),
+    ("type.jsonl", GOOD + '{"problem": ["p"], "answer": "1"}', ["line 2", "must be a string", "['p']"]),
+    ("nothing.jsonl", GOOD + '{"problem": " ", "answer": "1"}', ["line 2", "text in it"]),
+    ("null.jsonl", GOOD + '{"problem": "p", "answer": null}', ["line 2", "'answer'", "None"]),
+    ("dict.jsonl", GOOD + '{"problem": "p", "answer": {"a": 1}}', ["line 2", "'answer'"]),
+    ("bool.jsonl", GOOD + '{"problem": "p", "answer": true}', ["line 2", "True"]),
+    ("nan.jsonl", GOOD + '{"problem": "p", "answer": NaN}', ["line 2", "nan"]),
+    ("no_answer.jsonl", GOOD + '{"problem": "p", "answer": []}', ["line 2", "not empty", "[]"]),
+    ("blank_answer.jsonl", GOOD + '{"problem": "p", "answer": ["1", ""]}', ["line 2", "not empty"]),
+    ("nested.jsonl", GOOD + '{"problem": "p", "answer": [["1"]]}', ["line 2", "'answer'"]),
+    ("latin.jsonl", GOOD.encode() + b'{"problem": "Gr\xf6\xdfe", "answer": "1"}\n', ["line 2", "UTF-8"]),
+    ("latin.json", b'[\n{"problem":\n "\xf6", "answer": "1"}]', ["line 3", "UTF-8"]),
+    ("half.jsonl", GOOD + '{"problem": "\\ud800", "answer": "1"}', ["line 2", "escape"]),
+    ("twice.jsonl", 2 * '{"id": "a", "problem": "p", "answer": "1"}\n', ["line 2", "'a'", "line 1", "unique"]),
+])
+def test_a_bad_file_is_one_clear_line(tmp_path, name, text, words):
+    path = tmp_path / name
+    if text is not None:
+        write(path, text)
+    with pytest.raises(ValueError) as caught:
+        data.load_problems(path)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) - len(str(path)) < 200
+    for word in [str(path), *words]:
+        assert word in message
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "d.jsonl").mkdir()
+    with pytest.raises(ValueError, match="cannot be read"):
+        data.load_problems(tmp_path / "d.jsonl")
+
+
+# -- benchmarks -------------------------------------------------------------------------------------------------------
+
+def test_every_benchmark_has_its_size(tmp_path, monkeypatch):
+    folder = benchmark_folder(tmp_path)
+    monkeypatch.setenv("REMIX_DATA", str(folder))
+    for name, count in data.BENCHMARKS.items():
+        problems = data.load_benchmark(name)
+        assert len(problems) == count == len({problem["id"] for problem in problems})
+        assert all(set(problem) == {"id", "problem", "answer"} for problem in problems)
+        assert problems == data.load_benchmark(name, folder) == data.load_benchmark(name, folder / "benchmarks")
+    assert sum(data.BENCHMARKS.values()) == 1600
+
+
+def test_benchmark_mistakes(tmp_path, monkeypatch):
+    monkeypatch.delenv("REMIX_DATA", raising=False)
+    with pytest.raises(ValueError, match="'aime25'.*aime24, amc, amc23, math500, minerva, olympiadbench"):
+        data.load_benchmark("aime25", tmp_path)
+    with pytest.raises(ValueError, match="--data_dir"):
+        data.load_benchmark("aime24")
+    with pytest.raises(ValueError, match="no aime24.jsonl.*--data_dir"):
+        data.load_benchmark("aime24", tmp_path)
+    write(tmp_path / "aime24.jsonl", "".join(json.dumps({"problem": "p", "answer": i}) + "\n" for i in range(29)))
+    with pytest.raises(ValueError, match="29 problems.* 30"):
+        data.load_benchmark("aime24", tmp_path)
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+def test_templates_word_for_word():
+    chat, plain = make_tokenizer(CHAT), make_tokenizer()
+    assert data.render("1+1?", chat, "r1") == f"<|user|>1+1? {SUFFIX}<|assistant|>"
+    assert data.render("1+1?", chat, "qwen-math") == (
+        r"<|system|>Please reason step by step, and put your final answer within \boxed{}.<|user|>1+1?<|assistant|>")
+    for tokenizer in (chat, plain):
+        assert data.render("1+1?", tokenizer, "plain") == f"1+1?\n{SUFFIX}\n"
+        assert data.render("8+6+4=", tokenizer, "raw") == "8+6+4="
+    assert set(data.STYLE_OF) == set(data.TEMPLATES)
+
+
+@pytest.mark.parametrize("template", data.TEMPLATES)
+def test_braces_and_jinja_in_a_problem_stay_as_they_are(template):
+    problem = r"{{ 1 }} {% if x %} \frac{1}{2} {0} %s"
+    assert problem in data.render(problem, make_tokenizer(CHAT), template)
+
+
+def test_templates_that_do_not_fit():
+    with pytest.raises(ValueError, match="--template plain"):
+        data.render("p", make_tokenizer(), "r1")
+    with pytest.raises(ValueError, match="'nope'.*r1, qwen-math, plain, raw"):
+        data.render("p", make_tokenizer(), "nope")
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
+    with pytest.raises(ValueError, match="no system.*--template plain"):
+        data.render("p", make_tokenizer(no_system), "qwen-math")
+
+
+def test_special_tokens_once():
+    """A chat format writes its own; plain text gets the tokenizer's, so that Llama's bos is there once either way."""
+    tokenizer = make_tokenizer("<bos>" + CHAT, bos=True)
+    for template in data.TEMPLATES:
+        ids = data.encode("1+1?", tokenizer, template)
+        assert ids[0] == 0 and ids.count(0) == 1 and all(type(token) is int for token in ids)
+    ids = data.encode("1+1?", tokenizer, "r1")
+    assert tokenizer.decode(ids) == data.render("1+1?", tokenizer, "r1")
+    assert ids == data.encode_prompts([{"problem": "1+1?"}], tokenizer, "r1", 999)[0][0]["prompt_ids"]
+
+
+def test_default_template():
+    chat, plain, think = make_tokenizer(CHAT), make_tokenizer(), make_tokenizer(
+        CHAT.replace("<|assistant|>{% endif", "<|assistant|><think>\n{% endif"))
+    assert data.default_template("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", chat) == "r1"
+    assert data.default_template("runs/7/model", think) == "r1"  # an export of such a model: the name says nothing
+    assert data.default_template("Qwen/Qwen2.5-Math-7B", chat) == "qwen-math"
+    assert data.default_template("Qwen/Qwen2.5-7B-Instruct", chat) == "qwen-math"  # "think" would score it 0 for ever
+    assert data.default_template("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", plain) == "plain"
+    assert data.default_template(Path("gpt2"), plain) == "plain"
+
+
+def test_long_prompts_are_counted_and_dropped():
+    problems = [{"id": str(n), "problem": "1" * n, "answer": "1"} for n in (3, 11, 10, 12, 1)]
+    kept, dropped = data.encode_prompts(problems, make_tokenizer(), "raw", 10)
+    assert [problem["id"] for problem in kept] == ["3", "10", "1"] and dropped == 2
+    assert [len(problem["prompt_ids"]) for problem in kept] == [3, 10, 1]
+    assert all("prompt_ids" not in problem for problem in problems)
+    with pytest.raises(ValueError, match="none of 5 prompts.*shortest: 9.*--max_prompt"):
+        data.encode_prompts([{**problem, "problem": "1" * 9} for problem in problems], make_tokenizer(), "raw", 8)
+
+
+def test_load_tokenizer(tmp_path):
+    make_tokenizer(CHAT).save_pretrained(tmp_path / "good")
+    tokenizer = data.load_tokenizer(tmp_path / "good")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
+    assert data.encode("1+1?", tokenizer, "r1") == data.encode("1+1?", make_tokenizer(CHAT), "r1")
+    make_tokenizer(eos=None).save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(ValueError, match="no_eos has no eos token"):
+        data.load_tokenizer(tmp_path / "no_eos")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="nothing") as caught:
+        data.load_tokenizer(tmp_path / "nothing")
+    assert "\n" not in str(caught.value)
+
+
+# -- the stream -------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 40), seed=st.integers(0, 2**63), epoch=st.integers(0, 5), a=st.integers(0, 100),
+       n=st.integers(0, 100), m=st.integers(0, 100))
+def test_stream_is_epochs_of_permutations_and_stateless(size, seed, epoch, a, n, m):
+    problems = [{"id": str(i)} for i in range(size)]
+    stream = data.PromptStream(problems, seed)
+    rows = stream.take(epoch * size, size)
+    assert sorted(int(problem["id"]) for _, problem in rows) == list(range(size))
+    assert {stream.epoch(position) for position, _ in rows} == {epoch}
+    assert [position for position, _ in rows] == list(range(epoch * size, epoch * size + size))
+    assert stream.take(a, n) + stream.take(a + n, m) == data.PromptStream(problems, seed).take(a, n + m)
+
+
+def test_epochs_and_seeds_differ_and_processes_agree():
+    problems = [{"id": i} for i in range(50)]
+    orders = [[problem["id"] for _, problem in data.PromptStream(problems, seed).take(epoch * 50, 50)]
+              for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == 6 and list(range(50)) not in orders
+    code = "import data; print([p['id'] for _, p in data.PromptStream([{'id': i} for i in range(50)], 1).take(100, 50)])"
+    for hash_seed in "12":
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": hash_seed},
+                             capture_output=True, text=True, check=True).stdout
+        assert json.loads(out) == orders[-1]
+    with pytest.raises(ValueError):
+        data.PromptStream([], 0)
+
+
+def test_import_is_light():
+    """The launcher reads problems before any rank starts: no torch, no vLLM, no transformers on import."""
+    code = "import data, sys; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,364 @@
+"""reward.py: what is right, and that an answer always comes, whatever the response does to the worker.
+
+The hostile inputs are real ones. Golds come from $REMIX_DATA, or from the generated problems of test_data.py.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import data
+import reward as module
+from reward import Judge, Verdict, last_box, reward
+from test_data import benchmark_folder
+
+ROOT = Path(module.__file__).parent
+TOWER = r"\boxed{9^{9^{9^{9^9}}}}"  # parses at once; comparing it with anything never ends
+RIGHT = Verdict(1.0, None)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with Judge(workers=2, timeout=20) as judge:
+        yield judge
+
+
+def pids(parent=None):
+    """The reward workers among a process's children."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == (parent or os.getpid())
+                    and b"--worker" in (folder / "cmdline").read_bytes()):
+                found.append(int(folder.name))
+        except OSError:
+            pass
+    return found
+
+
+def started(judge, but=()):
+    """The pids of a judge's workers once all of them run, not counting those in `but`."""
+    for _ in range(600):
+        found = [pid for pid in pids() if pid not in but]
+        if len(found) == judge.workers:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{len(found)} of {judge.workers} workers")
+
+
+def script(tmp_path, code, **options):
+    """Run code as a user's script: without a main guard, from another folder than ours."""
+    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    return subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          **options)
+
+
+# -- which box --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, box", [
+    (r"\boxed{1}. So \boxed{2}", "2"), (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{1} then \boxed{2", "1"), (r"\boxed {5}", "5"),
+    (r"{ \boxed{5}", "5"), (r"} \boxed{5} }", "5"), (r"\\boxed{5}", "5"), (r"a \\ \boxed{5} \\", "5"),
+    (r"\boxed{a \boxed{b} c}", "b"), ("\\boxed{\n7\n}", "\n7\n"), (r"\boxed{}", ""),
+    (r"\boxed{", None), ("boxed{5}", None), ("5", None), ("", None), (r"\boxed 5", None), (r"\fbox{5}", None),
+])
+def test_last_box(text, box):
+    assert last_box(text) == box
+
+
+BALANCED = st.recursive(st.sampled_from(["1", " ", "x^", r"\{", r"\}", r"\frac", r"\\ "]),
+                        lambda inner: st.lists(inner, max_size=4).map(lambda parts: "{" + "".join(parts) + "}"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(before=st.text("\\{} boxed1"), box=st.lists(BALANCED, max_size=5).map("".join), after=st.text("\\ boxed1"))
+def test_last_box_is_found_after_anything(before, box, after):
+    assert last_box(before + r"\boxed{" + box + "}" + after) == box
+
+
+# -- what is right ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("response, answer, style, reason", [
+    # neighbouring boxes: the last one, alone
+    (r"\boxed{1}. \n\n\boxed{2}", "2", "boxed", None), (r"\boxed{2}. \n\n\boxed{1}", "2", "boxed", "wrong"),
+    (r"\boxed{1}. \n\n\boxed{2}", r"\{1, 2\}", "boxed", "wrong"), (r"$\boxed{1}$, $\boxed{2}$", "1", "boxed", "wrong"),
+    # e-notation, on either side and on both
+    (r"\boxed{4.5 \times 10^{33}}", "4.5e33", "boxed", None), (r"\boxed{4.5e33}", r"4.5 \times 10^{33}", "boxed", None),
+    (r"\boxed{4.50E+33}", "4.5e33", "boxed", None), (r"\boxed{45 \cdot 10^{32}}", "4.5e33", "boxed", None),
+    (r"\boxed{4.6e33}", "4.5e33", "boxed", "wrong"), (r"\boxed{1e3}", "1000", "boxed", None),
+    (r"\boxed{-1.5e-2}", "-0.015", "boxed", None), (r"\boxed{.5e1}", "5", "boxed", None),
+    (r"\boxed{2e}", "2 e", "boxed", None), (r"\boxed{2e}", "200", "boxed", "wrong"),
+    # tiny numbers are numbers too
+    (r"\boxed{4.6 \times 10^{-33}}", "4.5e-33", "boxed", "wrong"), (r"\boxed{0.00000002}", "1e-8", "boxed", "wrong"),
+    (r"\boxed{0.0}", r"6.6 \times 10^{-34}", "boxed", "wrong"), (r"\boxed{45e-34}", "4.5e-33", "boxed", None),
+    (r"\boxed{\frac{1}{10^8}}", "0.00000001", "boxed", None), (r"\boxed{0.0}", "0", "boxed", None),
+    # the same number, the same thing
+    (r"\boxed{27}", "27.0", "boxed", None), (r"\boxed{27.0}", "27", "boxed", None), (r"\boxed{27.}", "27", "boxed", None),
+    (r"\boxed{23}", "023", "boxed", None), (r"\boxed{32348}", r"\$32,\!348", "boxed", None),
+    (r"\boxed{\dfrac12}", "0.5", "boxed", None), (r"\boxed{1/2}", r"\frac{1}{2}", "boxed", None),
+    (r"\boxed{0.333333}", "1/3", "boxed", None), (r"\boxed{0.3333}", "1/3", "boxed", "wrong"),
+    (r"\boxed{10\%}", "0.1", "boxed", None), (r"\boxed{2,3}", r"\{3,2\}", "boxed", None),
+    (r"\boxed{(3,2)}", "(2,3)", "boxed", "wrong"), (r"\boxed{(x-1)(x+1)}", "x^2-1", "boxed", None),
+    (r"\boxed{x = 5}", "5", "boxed", None), (r"\boxed{\text{Evelyn}}", "Evelyn", "boxed", None),
+    (r"\boxed{\frac{\sqrt{3}}{\frac{1}{2}}}", r"2\sqrt3", "boxed", None),
+    (r"\boxed{ no  solution }", "no solution", "boxed", None), (r"\boxed{5}, I am sure", " 5\n", "boxed", None),
+    # any one of a list of answers
+    (r"\boxed{28}", ["27", "28.0"], "boxed", None), (r"\boxed{27}", ["27", "28.0"], "boxed", None),
+    (r"\boxed{29}", ["27", "28.0"], "boxed", "wrong"), (r"\boxed{27, 28}", ["27", "28.0"], "boxed", "wrong"),
+    (r"\boxed{29}", [], "boxed", "wrong"),
+    # no answer
+    ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
+    (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
+    (r"\boxed{" + "(" * 300 + "}", "5", "boxed", "parse_failure"), (r"\boxed{\ud800 \0}", "5", "boxed", "wrong"),
+    ("\\boxed{\ud800}", "5", "boxed", "parse_failure"), ("\\boxed{\x00}", "5", "boxed", "parse_failure"),
+    # think: exactly one closing tag, the box after it
+    (r"so 5</think> \boxed{5}", "5", "think", None), (r"<think>so</think>\boxed{5}", "5", "think", None),
+    (r"so 5 \boxed{5}", "5", "think", "no_think"), (r"a</think>b</think>\boxed{5}", "5", "think", "no_think"),
+    (r"so \boxed{5}</think> 5", "5", "think", "no_box"), (r"\boxed{6}</think>\boxed{5}", "6", "think", "wrong"),
+    (r"so</think> \boxed{5}", ["4", "5.0"], "think", None), (r"so 5 </think> \boxed{5}", "5", "boxed", None),
+    # hash: the text after the last one
+    ("8+6=14;14+4=18;#18", "18", "hash", None), ("#17#18 \n", "18", "hash", None), ("#18#17", "18", "hash", "wrong"),
+    ("18", "18", "hash", "no_box"), ("#018", "18", "hash", "wrong"), ("#18;", "18", "hash", "wrong"),
+    ("#18", ["17", "18"], "hash", None), ("#", "", "hash", None), ("", "", "hash", "no_box"),
+])
+def test_traps(judge, response, answer, style, reason):
+    assert judge.submit([(response, answer, style)]).result() == [Verdict(float(reason is None), reason)]
+
+
+@pytest.fixture(scope="module")
+def golds(tmp_path_factory):
+    """Every benchmark's answers, {name: [list of acceptable answers, ...]}."""
+    folder = benchmark_folder(tmp_path_factory.mktemp("data"))
+    load = {name: data.load_benchmark(name, folder) for name in data.BENCHMARKS}
+    return {name: [p["answer"] if isinstance(p["answer"], list) else [p["answer"]] for p in problems]
+            for name, problems in load.items()}
+
+
+def rewards(judge, pairs):
+    return [v.reward for v in judge.submit([(rf"So \boxed{{{box}}}.", gold, "boxed") for box, gold in pairs]).result()]
+
+
+def test_golds_are_right_as_they_stand_and_in_other_words(judge, golds):
+    """All 1,600, also as $gold$, with 0.5e-3 and 5 \\cdot 10^{-4}, 27 and 27.0, \\frac and \\dfrac exchanged."""
+    for name, answers in golds.items():
+        assert rewards(judge, [(gold, answer) for answer in answers for gold in answer]) == [1.0] * sum(map(len, answers))
+        other = []
+        for answer in answers:
+            box = answer[0] if "$" in answer[0] else f"${answer[0]}$"
+            if re.fullmatch(r"-?\d+(\.0)?", answer[0]):
+                box = answer[0][:-2] if answer[0].endswith(".0") else answer[0] + ".0"
+            elif number := re.fullmatch(r"(-?[\d.]+)e(-?\d+)", answer[0]):
+                box = rf"{number[1]} \cdot 10^{{{number[2]}}}"
+            other.append((box.replace(r"\times", r"\cdot").replace(r"\frac", r"\dfrac"), answer))
+        assert rewards(judge, other) == [1.0] * len(other)
+
+
+def test_other_golds_are_wrong(judge, golds):
+    """Every answer against its neighbour's, and against itself plus one. Twice in 1,600 a neighbour's is the same."""
+    neighbours, near = [], []
+    for answers in golds.values():
+        neighbours += [(a[0], b) for a, b in zip(answers, answers[1:]) if not set(a) & set(b)]
+        near += [(str(int(a[0]) + 1), a) for a in answers if re.fullmatch(r"-?\d+", a[0])]
+    assert len(neighbours) > 1000 and len(near) > 100
+    assert sum(rewards(judge, neighbours)) <= 5
+    assert sum(rewards(judge, near)) == 0
+
+
+def test_long_responses_are_read_quickly(judge):
+    began = time.monotonic()
+    items = [("think \\ { " * 500_000 + r"\boxed{27}", "27.0", "boxed"), (r"\boxed{" * 200_000, "1", "boxed"),
+             ("{" * 10**6 + "}" * 10**6 + r"\boxed{27.0}", "27", "boxed"),
+             (r"\boxed{" + "1+" * 500_000 + "1}", "500001", "boxed"), ("#" * 10**6, "", "hash")]
+    assert [v.reason for v in judge.submit(items).result()] == [None, "no_box", None, "parse_failure", None]
+    assert time.monotonic() - began < 10
+
+
+# -- an answer always comes -------------------------------------------------------------------------------------------
+
+def test_reward_from_the_main_thread_and_from_others():
+    """math-verify itself raises off the main thread, which has scored whole runs 0."""
+    asked = [(r"\boxed{27}", "27.0"), (r"\boxed{28}", "27.0"), (r"\boxed{1/2}", ["2", r"\frac12"])]
+    assert [reward(*pair) for pair in asked] == [1.0, 0.0, 1.0]
+    found = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: reward(*asked[i % 3])})) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {i: [1.0, 0.0, 1.0][i % 3] for i in range(12)}
+
+
+@pytest.mark.parametrize("arguments", [
+    (None, "5"), (5, "5"), (r"\boxed{5}", None), (r"\boxed{5}", 5), (r"\boxed{5}", [5]), (r"\boxed{5}", "5", "nope"),
+    (b"\\boxed{5}", "5"), (r"\boxed{5}", "5", None), (r"\boxed{5}", "5", ["boxed"]),
+])
+def test_reward_never_raises(arguments, caplog):
+    assert reward(*arguments) == 0.0
+    assert "scored 0" in caplog.text
+
+
+def test_submit_says_what_is_wrong(judge):
+    with pytest.raises(ValueError, match="'nope'.*boxed, think, hash"):
+        judge.submit([(r"\boxed{5}", "5", "boxed"), ("#5", "5", "nope")])
+    with pytest.raises(TypeError):
+        judge.submit([(r"\boxed{5}", 5, "boxed")])
+    with pytest.raises(ValueError):
+        Judge(workers=0)
+    assert judge.submit([]).result(1) == []
+
+
+def test_verdicts_keep_their_order(judge):
+    batches = [judge.submit([(rf"\boxed{{{i}.0}}", str(i // 2 * 2), "boxed") for i in range(60)]) for _ in range(3)]
+    assert [[v.reward for v in batch.result()] for batch in batches] == [[1.0, 0.0] * 30] * 3
+
+
+def test_a_hang_costs_its_timeout_and_nothing_else():
+    with Judge(workers=1, timeout=2) as judge:
+        assert judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result() == [RIGHT]
+        first, began = started(judge), time.monotonic()
+        items = [(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed"), (r"\boxed{28}", "27.0", "boxed")]
+        verdicts = judge.submit(items).result(60)
+        assert verdicts == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong")]
+        assert 2 <= time.monotonic() - began < 20
+        assert not set(first) & set(pids()), "the hung process lives on"
+
+
+def test_a_stopped_worker_is_replaced():
+    with Judge(workers=1, timeout=2) as judge:
+        judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result()
+        os.kill(started(judge)[0], signal.SIGSTOP)
+        verdicts = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 3).result(60)
+        assert verdicts == [Verdict(0.0, "timeout"), RIGHT, RIGHT]
+
+
+def test_a_killed_worker_is_replaced_and_its_item_judged_again():
+    with Judge(workers=2, timeout=60) as judge:
+        judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20).result()
+        for pid in started(judge):
+            os.kill(pid, signal.SIGSTOP)  # so that the kill below hits them with an item each in hand
+        batch = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20)
+        time.sleep(0.3)
+        for pid in pids():
+            os.kill(pid, signal.SIGKILL)
+        assert batch.result(60) == [RIGHT] * 20
+        for pid in started(judge):
+            os.kill(pid, signal.SIGKILL)  # and while idle
+        assert judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20).result(60) == [RIGHT] * 20
+
+
+def test_an_item_that_kills_its_worker_twice_is_a_crash():
+    with Judge(workers=1, timeout=120) as judge:
+        batch = judge.submit([(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed")])
+        killed = []
+        for _ in range(2):
+            killed += started(judge, killed)
+            for _ in range(600):  # until it computes: more than a second of CPU time, importing takes less
+                if sum(map(int, Path(f"/proc/{killed[-1]}/stat").read_text().split()[13:15])) > 300:
+                    break
+                time.sleep(0.05)
+            os.kill(killed[-1], signal.SIGKILL)
+        assert batch.result(60) == [Verdict(0.0, "crash"), RIGHT]
+
+
+def test_items_are_spread_over_the_workers():
+    with Judge(workers=2, timeout=3) as judge:
+        began = time.monotonic()
+        batch = judge.submit([(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed"), (TOWER, "6", "boxed")] * 2)
+        assert len(started(judge)) == 2
+        assert [v.reason for v in batch.result(60)] == ["timeout", None, "timeout"] * 2
+        assert time.monotonic() - began < 4 * 3 + 1  # four hangs one after another, with restarts, take longer
+
+
+def test_worker_limits_and_ctrl_c(judge):
+    judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result()
+    worker = started(judge)[0]
+    memory = re.search(r"Max address space\s+(\d+)", Path(f"/proc/{worker}/limits").read_text())
+    assert int(memory[1]) == module.WORKER_MEMORY
+    for worker in started(judge):
+        os.kill(worker, signal.SIGINT)
+    assert rewards(judge, [("27", "27.0")] * 20) == [1.0] * 20 and worker in pids()
+    # a tower that fits into no memory is wrong, and the worker lives on
+    assert judge.submit([(r"\boxed{10^{10^{10}}!}", "5", "boxed")]).result()[0].reward == 0.0
+
+
+def test_close_finishes_the_work_and_ends_the_workers():
+    before = set(pids())
+    judge = Judge(workers=2)
+    batch = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 10)
+    judge.close()
+    assert batch.done() and batch.result() == [RIGHT] * 10 and set(pids()) == before
+    judge.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        judge.submit([("#5", "5", "hash")])
+
+
+def test_text_needs_no_process():
+    before = set(pids())
+    with Judge() as judge:
+        batch = judge.submit([("#18", "18", "hash"), (r"\boxed{5}", "5", "boxed"), ("5", "5", "boxed")])
+        assert batch.done() and set(pids()) == before
+
+
+# -- other people's scripts -------------------------------------------------------------------------------------------
+
+def test_a_script_without_main_guard_and_its_forks(tmp_path):
+    """Also: a folder full of modules named like math-verify's own imports, and a timeout, leave no trace on stdout."""
+    for name in ("math_verify", "sympy", "json", "antlr4"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    done = script(tmp_path, r"""
+sys.path.pop(1)  # this folder: the traps in it are for the worker
+import os
+from reward import Judge, reward
+print(reward(r"\boxed{27}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
+if os.fork() == 0:  # the parent's threads are not here
+    print(reward(r"\boxed{27}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
+    os._exit(0)
+os.wait()
+print(Judge(1, 1.5).submit([(r"\boxed{9^{9^{9^{9^9}}}}", "5", "boxed")]).result()[0].reason)
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1.0 0.0\n1.0 0.0\ntimeout\n", "")
+
+
+def test_workers_die_with_their_parent(tmp_path):
+    """Even in the middle of something that never ends, when the parent had no chance to clean up."""
+    done = script(tmp_path, rf"""
+import os, signal, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_reward import TOWER, Judge, pids
+judge = Judge(2, 100)
+judge.submit([(r"\boxed{{27}}", "27.0", "boxed")] * 50).result()
+judge.submit([(TOWER, "5", "boxed")] * 2)
+time.sleep(1)
+print(*pids(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+""")
+    workers = done.stdout.split()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+              for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.1)
+
+
+def test_no_math_verify_is_an_error_not_a_wrong_answer(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "math_verify.py").write_text("raise ImportError('no antlr here')")
+    done = script(tmp_path, r"""
+from reward import Judge, reward
+try:
+    Judge(2).submit([(r"\boxed{27}", "27.0", "boxed")] * 3).result()
+except RuntimeError as error:
+    print(error)
+print(reward(r"\boxed{27}", "27.0"))
+""", env={**os.environ, "PYTHONPATH": str(tmp_path / "broken")})
+    assert "no antlr here" in done.stdout and "is math-verify" in done.stdout and done.stdout.endswith("\n0.0\n")
+    assert "scored 0" in done.stderr
