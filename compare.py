@@ -294,15 +294,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="compare.py" + " demo" * (command is demo), description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--budget", type=positive, default=4096 if command is demo else 5120, help="fresh rollouts of each run")
-    add("--target", type=float, default=0.7, help="evaluation accuracy to reach (share)")
+    add("--budget", type=positive, default=4096, help="fresh rollouts of each run")
+    add("--target", type=float, default=0.5 if command is demo else 0.6, help="evaluation accuracy to reach (share)")
     add("--runs", type=lambda text: Path(text).resolve(), default="runs", help="folder that holds everything written")
     if command is demo:
         add("--seed", type=int, default=0)
         add("--nproc", type=positive, default=2, help="ranks")
     else:
-        add("--lrs", type=listed(float), default="1e-4,2e-4,4e-4", help="learning rates of the PPO family")
-        add("--grpo_lrs", type=listed(float), default="5e-5,1e-4,2e-4", help="learning rates of the GRPO family")
+        add("--lrs", type=listed(float), default="2e-4,4e-4,8e-4", help="learning rates of the PPO family")
+        add("--grpo_lrs", type=listed(float), default="1e-4,2e-4,4e-4", help="learning rates of the GRPO family")
         add("--seeds", type=listed(int), default="0,1,2")
         add("--jobs", type=positive, default=2, help="runs at once")
     args = parser.parse_args(argv[1:] if command is demo else argv)

@@ -9,6 +9,7 @@ This file imports the standard library only, so that bad input is answered befor
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -297,6 +298,9 @@ def check_files(cfg):
         raise ConfigError("--model needs --data: a .jsonl or .json file of problems (fields --problem_key and --answer_key)")
     if cfg.eval_every and cfg.eval_data is None:
         raise ConfigError("--eval_every needs --eval_data: a file of problems or a benchmark's name")
+    for name, given in (("tensorboard", cfg.tensorboard), ("wandb", cfg.wandb)):
+        if given and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--{name} needs the package {name}: pip install {name}")
     check_vllm()
 
 

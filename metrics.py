@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from config import total_rollouts
 from distributed import gather
+from loss import kl
 
 # name -> one line of explanation; every line of metrics.jsonl has exactly these keys, null where a step has no such thing
 METRICS = {
@@ -80,6 +82,45 @@ class Meter:
                 t, c, m = merged.get(name, (0.0, 0, -math.inf))
                 merged[name] = (t + total, c + count, max(m, most))
         return {n: t / c for n, (t, c, _) in merged.items()}, {n: m for n, (_, _, m) in merged.items()}
+
+
+def measure(meter, samples, logp, entropy, stats, b, mask, version, cfg):
+    """Per-token statistics of one micro-batch, fresh and history apart."""
+    meter.add("entropy", entropy, mask)
+    meter.add("clip_low_share", stats["clipped_low"], mask)
+    meter.add("clip_high_share", stats["clipped_high"], mask)
+    for name in ("base", "prev"):
+        if f"logp_{name}" in b:
+            meter.add(f"kl_{name}", kl(logp, b[f"logp_{name}"], cfg.kl_estimator), mask)
+    fresh = torch.tensor([s["version"] == version for s in samples], dtype=torch.bool, device=mask.device)[:, None] if samples else mask
+    meter.add("ratio_fresh", stats["ratio"], mask & fresh)
+    meter.add("ratio_history", stats["ratio"], mask & ~fresh)
+
+
+def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
+    """The record of one training step; names are explained in metrics.METRICS. A collective (the meter's)."""
+    mean, most = meter.gathered()
+    lengths = [len(s["response"]) for s in fresh]
+    ages = [step - 1 - s["version"] for s in batch]
+    record = dict(
+        step=step, version=step - 1, phase=plan.phase, fresh_rollouts=len(fresh), total_rollouts=total_rollouts(cfg, step),
+        accuracy=sum(s["reward"] == 1 for s in fresh) / len(fresh), reward=sum(s["reward"] for s in batch) / len(batch),
+        length_mean=sum(lengths) / len(fresh), length_max=max(lengths), truncated_share=sum(s["truncated"] for s in fresh) / len(fresh),
+        unjudged_share=sum(s["reason"] not in (None, "wrong", "truncated") for s in fresh) / len(fresh),
+        reflection_rate=sum(s["reflects"] for s in fresh) / len(fresh),
+        ratio_mean_fresh=mean.get("ratio_fresh"), ratio_max_fresh=most.get("ratio_fresh"),
+        ratio_mean_history=mean.get("ratio_history"), ratio_max_history=most.get("ratio_history"),
+        grad_norm=mean["policy_grad_norm"], critic_grad_norm=mean.get("critic_grad_norm"),
+        staleness=[ages.count(age) for age in range(cfg.window + 1)], gap_mean=gap.mean().item(), gap_max=gap.max().item())
+    record |= {name: mean.get(name) for name in ("kl_base", "kl_prev", "clip_low_share", "clip_high_share", "entropy", "policy_loss", "value_loss")}
+    record["lambda"] = lam if cfg.beta > 0 else None
+    if history:
+        w = torch.cat([s["logp_old"] - s["logp_behavior"] for s in history]).double().exp()  # (history tokens,)
+        record["ess"] = (w.sum() ** 2 / (len(w) * (w ** 2).sum())).item()
+    if cfg.advantage == "gae":
+        returns, values = (torch.cat([s[name] for s in batch]).double() for name in ("returns", "values"))
+        record["explained_variance"] = (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else None
+    return record
 
 
 class Recorder:

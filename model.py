@@ -15,14 +15,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from distributed import gather
 
 
 def pretrained(kind, folder):
     """A float32 model on the CPU from a Hugging Face folder; no code from the folder is run."""
-    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # else the critic's backbone reports the head that it does not want
     return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
 

@@ -157,7 +157,8 @@ def figure(runs, path, title=None):
         handles.append(Line2D([], [], color="0.5", linestyle=":"))
         names.append("reincarnation")
     fig.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
-    fig.suptitle(title) if title else None
+    if title:
+        fig.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
 

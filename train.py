@@ -36,8 +36,8 @@ from buffer import RingBuffer
 from config import ConfigError, check, check_files, context_length, dry_run, exit_bad_input, fresh_before, parse, schedule, total_rollouts
 from distributed import gather, start
 from eval import evaluate, judge_rows, load_eval_data, reflects, summarise
-from loss import aggregate, kl, kl_convex, kl_lambda, mix_ppg, value_loss
-from metrics import Meter, Recorder, truncate
+from loss import aggregate, kl_convex, kl_lambda, mix_ppg, value_loss
+from metrics import Meter, Recorder, measure, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
 from reward import Judge
 from rollout import Engine, request_seed
@@ -328,45 +328,6 @@ def update(learners, minibatch, lam, version, scale, meter, cfg):
         measure(meter, samples, logp.detach(), entropy, stats, b, mask, version, cfg)
     for name, learner in learners.items():
         meter.add(f"{name}_grad_norm", torch.tensor(learner.step(scale)))
-
-
-def measure(meter, samples, logp, entropy, stats, b, mask, version, cfg):
-    """Per-token statistics of one micro-batch, fresh and history apart."""
-    meter.add("entropy", entropy, mask)
-    meter.add("clip_low_share", stats["clipped_low"], mask)
-    meter.add("clip_high_share", stats["clipped_high"], mask)
-    for name in ("base", "prev"):
-        if f"logp_{name}" in b:
-            meter.add(f"kl_{name}", kl(logp, b[f"logp_{name}"], cfg.kl_estimator), mask)
-    fresh = torch.tensor([s["version"] == version for s in samples], dtype=torch.bool, device=mask.device)[:, None] if samples else mask
-    meter.add("ratio_fresh", stats["ratio"], mask & fresh)
-    meter.add("ratio_history", stats["ratio"], mask & ~fresh)
-
-
-def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
-    """The record of one training step; names are explained in metrics.METRICS. A collective (the meter's)."""
-    mean, most = meter.gathered()
-    lengths = [len(s["response"]) for s in fresh]
-    ages = [step - 1 - s["version"] for s in batch]
-    record = dict(
-        step=step, version=step - 1, phase=plan.phase, fresh_rollouts=len(fresh), total_rollouts=total_rollouts(cfg, step),
-        accuracy=sum(s["reward"] == 1 for s in fresh) / len(fresh), reward=sum(s["reward"] for s in batch) / len(batch),
-        length_mean=sum(lengths) / len(fresh), length_max=max(lengths), truncated_share=sum(s["truncated"] for s in fresh) / len(fresh),
-        unjudged_share=sum(s["reason"] not in (None, "wrong", "truncated") for s in fresh) / len(fresh),
-        reflection_rate=sum(s["reflects"] for s in fresh) / len(fresh),
-        ratio_mean_fresh=mean.get("ratio_fresh"), ratio_max_fresh=most.get("ratio_fresh"),
-        ratio_mean_history=mean.get("ratio_history"), ratio_max_history=most.get("ratio_history"),
-        grad_norm=mean["policy_grad_norm"], critic_grad_norm=mean.get("critic_grad_norm"),
-        staleness=[ages.count(age) for age in range(cfg.window + 1)], gap_mean=gap.mean().item(), gap_max=gap.max().item())
-    record |= {name: mean.get(name) for name in ("kl_base", "kl_prev", "clip_low_share", "clip_high_share", "entropy", "policy_loss", "value_loss")}
-    record["lambda"] = lam if cfg.beta > 0 else None
-    if history:
-        w = torch.cat([s["logp_old"] - s["logp_behavior"] for s in history]).double().exp()  # (history tokens,)
-        record["ess"] = (w.sum() ** 2 / (len(w) * (w ** 2).sum())).item()
-    if cfg.advantage == "gae":
-        returns, values = (torch.cat([s[name] for s in batch]).double() for name in ("returns", "values"))
-        record["explained_variance"] = (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else None
-    return record
 
 
 def write_samples(out, step, tokenizer, samples):
