@@ -296,6 +296,8 @@ def check_files(cfg):
         check_model(cfg.model)
     if cfg.data is None:
         raise ConfigError("--model needs --data: a .jsonl or .json file of problems (fields --problem_key and --answer_key)")
+    if cfg.model is None and cfg.data != "toy":
+        raise ConfigError("--data needs --model: the embedded default knows no task but its own")
     if cfg.eval_every and cfg.eval_data is None:
         raise ConfigError("--eval_every needs --eval_data: a file of problems or a benchmark's name")
     for name, given in (("tensorboard", cfg.tensorboard), ("wandb", cfg.wandb)):

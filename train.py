@@ -74,7 +74,7 @@ def main(argv=None):
 def fit(cfg, folder, tokenizer, problems, held_out, say):
     """Choose template and style, fit lengths to the model's context, tokenise the prompts. Returns (problems, held_out)."""
     if cfg.template == "auto":
-        cfg.template = data.default_template(folder, tokenizer)
+        cfg.template = "raw" if cfg.data == "toy" else data.default_template(folder, tokenizer)
     if cfg.style == "auto":
         cfg.style = data.STYLE_OF[cfg.template]
     context = context_length(folder)
