@@ -37,8 +37,11 @@ class Policy(nn.Module):
     def __init__(self, folder, temperature, chunk_tokens):
         super().__init__()
         self.lm = pretrained(AutoModelForCausalLM, folder)
-        self.layers = self.lm.model.layers
         self.temperature, self.chunk_tokens = temperature, chunk_tokens
+
+    @property
+    def layers(self):  # no attribute: a module registered twice would be saved twice
+        return self.lm.model.layers
 
     def head(self, hidden, tokens):
         """hidden (n, H), tokens (n,) -> log-probs (n,), entropies (n,), float32."""
@@ -64,10 +67,13 @@ class Critic(nn.Module):
     def __init__(self, folder):
         super().__init__()
         self.backbone = pretrained(AutoModel, folder)
-        self.layers = self.backbone.layers
         self.value = nn.Linear(self.backbone.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
+
+    @property
+    def layers(self):
+        return self.backbone.layers
 
     def forward(self, ids, where, tokens, mask):
         """ids (b, L), where, mask (b, T) -> values (b, T), 0 where mask is False. `tokens` is not used."""
