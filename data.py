@@ -81,7 +81,7 @@ def load_problems(path: str | os.PathLike, problem_key: str = "problem", answer_
         except UnicodeEncodeError:
             raise ValueError(f"{where}: a \\ud800 escape without its pair; no tokenizer takes it, remove it") from None
         if identity in seen:
-            raise ValueError(f"{where}: id {_short(identity)} is {seen[identity]}'s already; make ids unique or drop them")
+            raise ValueError(f"{where}: id {_short(identity)} is {seen[identity]}'s already; make ids unique")
         seen[identity] = where.rpartition(", ")[2]
         problems.append({"id": identity, "problem": problem,
                          "answer": answers if isinstance(answer, list) else answers[0]})

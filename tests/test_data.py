@@ -1,11 +1,10 @@
 """data.py: files good and bad, templates, prompt lengths, and the order of a run's prompts.
 
-Where $REMIX_DATA names a folder, its problems are used; elsewhere a folder of the same shape is generated.
+The benchmarks are those in $REMIX_DATA, or generated (see test_reward.py).
 """
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,29 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
+from test_reward import benchmark_folder
 
 ROOT = Path(data.__file__).parent
 CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 SUFFIX = r"Let's think step by step and output the final answer within \boxed{}."
-
-
-def benchmark_folder(tmp: Path) -> Path:
-    """$REMIX_DATA, or a generated folder with every benchmark at its size."""
-    if os.environ.get("REMIX_DATA"):
-        return Path(os.environ["REMIX_DATA"])
-    rng = random.Random(0)
-    forms = [lambda a, b: str(a), lambda a, b: f"{a}.0", lambda a, b: rf"\frac{{{a}}}{{{b}}}", lambda a, b: f"({a}, {b})",
-             lambda a, b: rf"{a}\sqrt{{{b}}}", lambda a, b: f"x^{b % 7 + 2} - {a}", lambda a, b: f"{a}.{b}e-{b % 9 + 5}",
-             lambda a, b: rf"{a} \times 10^{{{b}}}", lambda a, b: rf"[{-a}, \infty)", lambda a, b: rf"{a}\pi"]
-    (tmp / "benchmarks").mkdir()
-    for name, count in data.BENCHMARKS.items():
-        with open(tmp / "benchmarks" / f"{name}.jsonl", "w") as file:
-            for i in range(count):
-                answer = forms[i % len(forms)](rng.randint(2, 999), rng.randint(2, 30))
-                row = {"id": f"{name}/{i}", "problem": f"Find ${answer}$.", "answer": [answer] if i % 2 else answer}
-                file.write(json.dumps(row) + "\n")
-    return tmp
 
 
 def make_tokenizer(chat_template=None, bos=False, eos="<eos>"):
@@ -260,7 +242,8 @@ def test_epochs_and_seeds_differ_and_processes_agree():
     orders = [[problem["id"] for _, problem in data.PromptStream(problems, seed).take(epoch * 50, 50)]
               for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6 and list(range(50)) not in orders
-    code = "import data; print([p['id'] for _, p in data.PromptStream([{'id': i} for i in range(50)], 1).take(100, 50)])"
+    code = ("import data; stream = data.PromptStream([{'id': i} for i in range(50)], 1)\n"
+            "print([problem['id'] for _, problem in stream.take(100, 50)])")
     for hash_seed in "12":
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": hash_seed},
                              capture_output=True, text=True, check=True).stdout

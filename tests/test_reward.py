@@ -1,9 +1,11 @@
 """reward.py: what is right, and that an answer always comes, whatever the response does to the worker.
 
-The hostile inputs are real ones. Golds come from $REMIX_DATA, or from the generated problems of test_data.py.
+The hostile inputs are real ones. Golds are those in $REMIX_DATA, where it names a folder, or generated.
 """
 
+import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,11 +20,27 @@ from hypothesis import given, settings, strategies as st
 import data
 import reward as module
 from reward import Judge, Verdict, last_box, reward
-from test_data import benchmark_folder
 
 ROOT = Path(module.__file__).parent
 TOWER = r"\boxed{9^{9^{9^{9^9}}}}"  # parses at once; comparing it with anything never ends
 RIGHT = Verdict(1.0, None)
+
+
+def benchmark_folder(tmp: Path) -> Path:
+    """$REMIX_DATA, or a generated folder with every benchmark at its size."""
+    if os.environ.get("REMIX_DATA"):
+        return Path(os.environ["REMIX_DATA"])
+    rng = random.Random(0)
+    forms = ["{a}", "{a}.0", "\\frac{{{a}}}{{{b}}}", "({a}, {b})", "{a}\\sqrt{{{b}}}", "x^{b} - {a}", "{a}.{b}e-{b}",
+             "{a} \\times 10^{{{b}}}", "[-{a}, \\infty)", "{a}\\pi"]
+    (tmp / "benchmarks").mkdir()
+    for name, count in data.BENCHMARKS.items():
+        with open(tmp / "benchmarks" / f"{name}.jsonl", "w") as file:
+            for i in range(count):
+                answer = forms[i % len(forms)].format(a=rng.randint(2, 999), b=rng.randint(2, 30))
+                row = {"id": f"{name}/{i}", "problem": f"Find ${answer}$.", "answer": [answer] if i % 2 else answer}
+                file.write(json.dumps(row) + "\n")
+    return tmp
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +82,9 @@ class Watched(Judge):
 
 
 def script(tmp_path, code, **options):
-    """Run code as a user's script: without a main guard, from another folder than ours."""
-    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    """Run code as a user's script: without a main guard, in a folder of its own with a copy of reward.py."""
+    (tmp_path / "reward.py").write_text(Path(module.__file__).read_text())
+    (tmp_path / "script.py").write_text(code)
     return subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           **options)
 
@@ -110,7 +129,8 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{0.0}", r"6.6 \times 10^{-34}", "boxed", "wrong"), (r"\boxed{45e-34}", "4.5e-33", "boxed", None),
     (r"\boxed{\frac{1}{10^8}}", "0.00000001", "boxed", None), (r"\boxed{0.0}", "0", "boxed", None),
     # the same number, the same thing
-    (r"\boxed{27}", "27.0", "boxed", None), (r"\boxed{27.0}", "27", "boxed", None), (r"\boxed{27.}", "27", "boxed", None),
+    (r"\boxed{27}", "27.0", "boxed", None), (r"\boxed{27.0}", "27", "boxed", None),
+    (r"\boxed{27.}", "27", "boxed", None), (r"\boxed{27}", "27.0.", "boxed", None),
     (r"\boxed{23}", "023", "boxed", None), (r"\boxed{32348}", r"\$32,\!348", "boxed", None),
     (r"\boxed{\dfrac12}", "0.5", "boxed", None), (r"\boxed{1/2}", r"\frac{1}{2}", "boxed", None),
     (r"\boxed{0.333333}", "1/3", "boxed", None), (r"\boxed{0.3333}", "1/3", "boxed", "wrong"),
@@ -157,9 +177,10 @@ def rewards(judge, pairs):
 
 def test_golds_are_right_as_they_stand_and_in_other_words(judge, golds):
     r"""All 1,600 as they stand. Up to 100 a benchmark with 27 and 27.0 exchanged, or 5e-4 and 5 \cdot 10^{-4}, or \frac
-    and \dfrac, or in dollars (measured once on all of $REMIX_DATA, training sample included: 3,600 of 3,600)."""
+    and \dfrac, or in dollars (measured once on all 1,600 golds of the real benchmarks: all right)."""
     for name, answers in golds.items():
-        assert rewards(judge, [(gold, answer) for answer in answers for gold in answer]) == [1.0] * sum(map(len, answers))
+        as_they_stand = rewards(judge, [(gold, answer) for answer in answers for gold in answer])
+        assert as_they_stand == [1.0] * sum(map(len, answers)), name
         other = []
         for answer in answers[::-(-len(answers) // 100)]:
             box = answer[0] if "$" in answer[0] else f"${answer[0]}$"
@@ -168,17 +189,17 @@ def test_golds_are_right_as_they_stand_and_in_other_words(judge, golds):
             elif number := re.fullmatch(r"(-?[\d.]+)e(-?\d+)", answer[0]):
                 box = rf"{number[1]} \cdot 10^{{{number[2]}}}"
             other.append((box.replace(r"\times", r"\cdot").replace(r"\frac", r"\dfrac"), answer))
-        assert rewards(judge, other) == [1.0] * len(other)
+        assert rewards(judge, other) == [1.0] * len(other), name
 
 
 def test_other_golds_are_wrong(judge, golds):
-    """Up to 100 a benchmark against their neighbours', and against themselves plus one."""
+    """Up to 50 a benchmark against their neighbours', and against themselves plus one."""
     neighbours, near = [], []
     for answers in golds.values():
-        answers = answers[-100:]
+        answers = answers[-50:]
         neighbours += [(a[0], b) for a, b in zip(answers, answers[1:]) if not set(a) & set(b)]
         near += [(str(int(a[0]) + 1), a) for a in answers if re.fullmatch(r"-?\d+", a[0])]
-    assert len(neighbours) > 300 and len(near) > 30
+    assert len(neighbours) > 150 and len(near) > 15
     assert sum(rewards(judge, neighbours)) <= 2  # x = 5 and 5 may be neighbours
     assert sum(rewards(judge, near)) == 0
 
@@ -232,18 +253,18 @@ def test_verdicts_keep_their_order(judge):
 
 
 def test_a_hang_costs_its_timeout_and_nothing_else():
-    with Watched(workers=1, timeout=2) as judge:
+    with Watched(workers=1, timeout=3) as judge:
         assert judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result() == [RIGHT]
         first, began = judge.started(), time.monotonic()
         items = [(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed"), (r"\boxed{28}", "27.0", "boxed")]
         verdicts = judge.submit(items).result(60)
         assert verdicts == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong")]
-        assert 2 <= time.monotonic() - began < 20
+        assert 3 <= time.monotonic() - began < 20
         assert not set(first) & set(judge.pids()), "the hung process lives on"
 
 
 def test_a_stopped_worker_is_replaced():
-    with Watched(workers=1, timeout=2) as judge:
+    with Watched(workers=1, timeout=3) as judge:
         judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result()
         os.kill(judge.started()[0], signal.SIGSTOP)
         verdicts = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 3).result(60)
@@ -315,11 +336,10 @@ def test_text_needs_no_process():
 # -- other people's scripts -------------------------------------------------------------------------------------------
 
 def test_a_script_without_main_guard_and_its_forks(tmp_path):
-    """Also: a folder full of modules named like math-verify's own imports, and a timeout, leave no trace on stdout."""
-    for name in ("math_verify", "sympy", "json", "antlr4"):
+    """Modules beside reward.py are not the worker's, and nothing but the script itself prints."""
+    for name in ("math_verify", "sympy", "antlr4"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     done = script(tmp_path, r"""
-sys.path.pop(1)  # this folder: the traps in it are for the worker
 import os
 from reward import Judge, reward
 print(reward(r"\boxed{27}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
@@ -335,14 +355,14 @@ print(Judge(1, 1.5).submit([(r"\boxed{9^{9^{9^{9^9}}}}", "5", "boxed")]).result(
 def test_workers_die_with_their_parent(tmp_path):
     """Even in the middle of something that never ends, when the parent had no chance to clean up."""
     done = script(tmp_path, rf"""
-import os, signal, time
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from test_reward import TOWER, Judge, pids
-judge = Judge(2, 100)
+import os, signal, sys, time
+sys.path += [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_reward import TOWER, Watched
+judge = Watched(2, 100)
 judge.submit([(r"\boxed{{27}}", "27.0", "boxed")] * 50).result()
 judge.submit([(TOWER, "5", "boxed")] * 2)
 time.sleep(1)
-print(*pids(), flush=True)
+print(*judge.started(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """)
     workers = done.stdout.split()
