@@ -21,8 +21,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 def newest(out):
     """Folder of the newest complete checkpoint of run `out`, or None."""
-    found = sorted(path for path in (Path(out) / "checkpoints").glob("step_*") if path.suffix != ".tmp")
+    found = complete(out)
     return found[-1] if found else None
+
+
+def complete(out):
+    """Folders of the complete checkpoints of run `out`, oldest first."""
+    return sorted(path for path in (Path(out) / "checkpoints").glob("step_*") if path.suffix != ".tmp")
 
 
 def sharded_state(learners, snapshots):
@@ -52,7 +57,7 @@ def save(out, step, learners, snapshots, buffer, keep, ranks):
         (aside / "state.json").write_text(json.dumps({"step": step, "snapshots": sorted(snapshots), "buffer": skeleton}))
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
-        for old in sorted(folder.parent.glob("step_*"))[:-keep]:  # only now, when the new one is complete
+        for old in complete(out)[:-keep]:  # only now, when the new one is complete
             shutil.rmtree(old)
     dist.barrier()
 

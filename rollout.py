@@ -63,7 +63,8 @@ class Engine:
             nonlocal ended
             for name, tensor in tensors:
                 yielded.add(name)
-                yield name, tensor
+                if name in expected:  # vLLM would stop at an unknown name with an error of its own; the one below names it
+                    yield name, tensor
             ended = True
 
         if self.asleep:
