@@ -271,7 +271,7 @@ def demo(args):
     remix, ppo = reached
     if remix:
         ratio = f"{ppo / remix:.2f}" if ppo is not None else f"above {args.budget / remix:.2f}"
-        print(f"Fresh rollouts to {args.target:.0%}, PPO over ReMix-PPO: {ratio} (one seed).")
+        print(f"Fresh rollouts to {args.target:.0%}, PPO over ReMix-PPO: {ratio} (one seed, one learning rate).")
     else:
         print(f"No ratio: ReMix-PPO did not go from below to {args.target:.0%} within {args.budget} fresh rollouts.")
     title = f"ReMix-PPO and PPO, {args.budget} fresh rollouts each"

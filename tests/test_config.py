@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import shutil
 from fractions import Fraction
@@ -39,14 +40,15 @@ def test_ledger(flags, rollouts, published):
     assert f"{rollouts // 1000 / 1000:.3f}" == published  # truncated, not rounded
 
 
-@pytest.mark.parametrize("algo, steps, rollouts", [("remix-ppo", 350, 79_300), ("remix-grpo", 100, 163_600), ("ppo", 900, 230_400)])
+@pytest.mark.parametrize("algo, steps, rollouts", [
+    ("remix-ppo", 350, 79_300), ("remix-grpo", 100, 163_600), ("ppo", 900, 230_400)])
 def test_ledger_is_the_default_of_a_real_model(algo, steps, rollouts):
     assert total_rollouts(parsed(f"--model m --algo {algo}"), steps) == rollouts
 
 
 @pytest.mark.parametrize("flags, rollouts, lines", [
     (LEDGER[0][0], 79_300, [
-        "steps     1 to     1: mixed      153 fresh + 0 history groups of 1, 2 passes = 10 updates a step",  # ceil(153/32)
+        "steps     1 to     1: mixed      153 fresh + 0 history groups of 1, 2 passes = 10 updates a step",
         "steps     2 to   100: mixed      153 fresh + 103 history groups of 1, 2 passes = 16 updates a step",
         "steps   101 to   350: on-policy  256 fresh + 0 history groups of 1, 1 passes = 8 updates a step",
         "reincarnation after step 100: base <- policy, history off", f"gradient updates: {10 + 99 * 16 + 250 * 8}"]),
@@ -57,10 +59,12 @@ def test_ledger_is_the_default_of_a_real_model(algo, steps, rollouts):
         "reincarnation after step 50: base <- policy, history off", f"gradient updates: {10 + 49 * 16 + 50 * 8}"]),
 ])
 def test_dry_run_command(tmp_path, flags, rollouts, lines):
-    done = command("train.py", "--dry_run", "--model", "nowhere", "--out", tmp_path / "run", "--prompts", 256, "--p", 0.4, *flags.split())
+    out = tmp_path / "run"
+    flags = ["--model", "nowhere", "--out", out, "--prompts", 256, "--p", 0.4, *flags.split()]
+    done = command("train.py", "--dry_run", *flags)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == lines + [f"total rollouts: {rollouts}"]
-    assert not (tmp_path / "run").exists()
+    assert not out.exists()
 
 
 def test_share_of_history_is_exact():
@@ -78,11 +82,12 @@ def test_share_of_history_against_fractions(thousandths, prompts):
 
 
 @settings(deadline=None)
-@given(share=st.integers(0, 95), prompts=st.integers(1, 60), window=st.integers(1, 6), utd=st.integers(1, 4), after=st.integers(1, 3),
-       reincarnate=st.integers(0, 12), minibatch=st.integers(1, 70), group=st.integers(1, 5), steps=st.integers(1, 15))
+@given(share=st.integers(0, 95), prompts=st.integers(1, 60), window=st.integers(1, 6), utd=st.integers(1, 4),
+       after=st.integers(1, 3), reincarnate=st.integers(0, 12), minibatch=st.integers(1, 70), group=st.integers(1, 5),
+       steps=st.integers(1, 15))
 def test_schedule_against_a_simulation(share, prompts, window, utd, after, reincarnate, minibatch, group, steps):
-    cfg = Config(p=share / 100, prompts=prompts, window=window, utd=utd, utd_after=after, reincarnate=reincarnate, minibatch=minibatch,
-                 group_size=group)
+    cfg = Config(p=share / 100, prompts=prompts, window=window, utd=utd, utd_after=after, reincarnate=reincarnate,
+                 minibatch=minibatch, group_size=group)
     wanted = -(-share * prompts // 100)
     if wanted == prompts:
         return  # no fresh group: refused by check()
@@ -94,8 +99,10 @@ def test_schedule_against_a_simulation(share, prompts, window, utd, after, reinc
         assert plan.history == (min(wanted, drawable) if before else 0)
         assert plan.fresh == (prompts - wanted if before else prompts)
         assert plan.utd == (utd if before else after)
-        minibatches = [range(i, min(i + minibatch, plan.fresh + plan.history)) for i in range(0, plan.fresh + plan.history, minibatch)]
-        assert plan.updates == plan.utd * len(minibatches)
+        left, minibatches = plan.fresh + plan.history, 0
+        while left > 0:
+            left, minibatches = left - minibatch, minibatches + 1
+        assert plan.updates == plan.utd * minibatches
         assert fresh_before(cfg, step) == sum(written)
         written.append(plan.fresh)
         total += plan.fresh * group
@@ -106,8 +113,8 @@ def test_history_fills_up_over_the_window():
     cfg = Config(p=0.75, prompts=8, window=3, minibatch=3, utd=2, reincarnate=6, utd_after=1)  # 2 fresh, 6 history
     assert [(p.fresh, p.history, p.utd, p.updates) for p in map(lambda t: schedule(cfg, t), range(1, 8))] == [
         (2, 0, 2, 2), (2, 2, 2, 4), (2, 4, 2, 4), (2, 6, 2, 6), (2, 6, 2, 6), (2, 6, 2, 6), (8, 0, 1, 3)]
-    assert [line.split(":")[0] for line in dry_run(dataclasses.replace(cfg, steps=7)).splitlines()[:5]] == [
-        "steps     1 to     1", "steps     2 to     2", "steps     3 to     3", "steps     4 to     6", "steps     7 to     7"]
+    shown = [line.split(":")[0].split() for line in dry_run(dataclasses.replace(cfg, steps=7)).splitlines()]
+    assert [(line[1], line[3]) for line in shown[:5]] == [("1", "1"), ("2", "2"), ("3", "3"), ("4", "6"), ("7", "7")]
 
 
 def test_schedule_without_reincarnation_or_history():
@@ -121,7 +128,8 @@ def test_schedule_without_reincarnation_or_history():
 
 
 @pytest.mark.parametrize("algo, advantage, p, utd, reincarnate, floor", [
-    ("ppo", "gae", 0, 1, 0, 1), ("grpo", "group", 0, 1, 0, 1), ("mix-ppo", "gae", 0.4, 2, 0, 1), ("mix-grpo", "group", 0.4, 2, 0, 1),
+    ("ppo", "gae", 0, 1, 0, 1), ("grpo", "group", 0, 1, 0, 1),
+    ("mix-ppo", "gae", 0.4, 2, 0, 1), ("mix-grpo", "group", 0.4, 2, 0, 1),
     ("remix-ppo", "gae", 0.4, 2, 100, 0.5), ("remix-grpo", "group", 0.4, 2, 50, 0.5)])
 def test_algorithm_rows(algo, advantage, p, utd, reincarnate, floor):
     cfg = parse(["--model", "m", "--algo", algo])
@@ -133,27 +141,28 @@ def test_algorithm_rows(algo, advantage, p, utd, reincarnate, floor):
 
 def test_defaults_are_the_papers():
     cfg = parse(["--model", "m"])
-    paper = dict(algo="remix-ppo", prompts=256, p=0.4, window=2, utd=2, utd_after=1, reincarnate=100, minibatch=32, clip_low=0.2, clip_high=0.2,
-                 beta=1e-3, entropy=1e-3, lambda_start=50, lambda_every=10, lambda_drop=0.1, lambda_floor=0.5, anchor="prev", max_prompt=766,
-                 max_response=8192, lr=1e-6, critic_lr=1e-5, gamma=1.0, gae_lambda=1.0, value_clip=0.5, temperature=1.0, steps=350)
+    paper = dict(algo="remix-ppo", prompts=256, p=0.4, window=2, utd=2, utd_after=1, reincarnate=100, minibatch=32,
+                 clip_low=0.2, clip_high=0.2, beta=1e-3, entropy=1e-3, lambda_start=50, lambda_every=10,
+                 lambda_drop=0.1, lambda_floor=0.5, anchor="prev", max_prompt=766, max_response=8192, lr=1e-6, critic_lr=1e-5, gamma=1.0,
+                 gae_lambda=1.0, value_clip=0.5, temperature=1.0, steps=350)
     assert {name: getattr(cfg, name) for name in paper} == paper
 
 
 def test_layers_override_each_other():
     cfg = parsed("--algo remix-grpo --prompts 24")
-    assert (cfg.lambda_start, cfg.sources["lambda_start"]) == (20, "model toy")  # the model's row for all algorithms
-    assert (cfg.minibatch, cfg.sources["minibatch"]) == (8, "model toy")  # its row for *grpo replaces that for all
-    assert (cfg.reincarnate, cfg.sources["reincarnate"]) == (60, "model toy")  # its row for remix-* replaces the algorithm's 50
-    assert (cfg.prompts, cfg.sources["prompts"]) == (24, "flag")
-    assert (cfg.group_size, cfg.sources["group_size"]) == (8, "algorithm remix-grpo")
-    assert (cfg.window, cfg.sources["window"]) == (2, "default")
+    expected = dict(lambda_start=(20, "model toy"),  # the model's row for all algorithms
+                    minibatch=(8, "model toy"),      # its row for *grpo replaces that for all
+                    reincarnate=(60, "model toy"),   # its row for remix-* replaces the algorithm's 50
+                    prompts=(24, "flag"), group_size=(8, "algorithm remix-grpo"), window=(2, "default"))
+    assert {name: (getattr(cfg, name), cfg.sources[name]) for name in expected} == expected
     assert parsed("--algo mix-grpo").reincarnate == 0
     assert parsed("--algo ppo").minibatch == 64
     assert set(cfg.sources) == {f.name for f in dataclasses.fields(Config)}
 
 
 @pytest.mark.parametrize("model, template, max_prompt, max_response", [
-    ("hub/DeepSeek-R1-Distill-Qwen-1.5B", "r1", 766, 8192), ("hub/Qwen2.5-Math-7B/", "qwen-math", 1024, 3072), ("hub/Llama", "auto", 766, 8192)])
+    ("hub/DeepSeek-R1-Distill-Qwen-1.5B", "r1", 766, 8192), ("hub/Qwen2.5-Math-7B/", "qwen-math", 1024, 3072),
+    ("hub/Llama", "auto", 766, 8192)])
 def test_model_rows(model, template, max_prompt, max_response):
     cfg = parse(["--model", model])
     assert (cfg.template, cfg.max_prompt, cfg.max_response, cfg.data) == (template, max_prompt, max_response, None)
@@ -170,7 +179,7 @@ def saved_run(folder, **values):
 
 def test_resume_takes_the_runs_values_and_flags_override(tmp_path):
     cfg = parsed(f"--resume --out {saved_run(tmp_path / 'run', forgotten_flag=1)} --lr 0.125")
-    assert (cfg.algo, cfg.p, cfg.steps, cfg.resume) == ("mix-ppo", 0.25, 12, True)  # p and steps: not the row's, the run's
+    assert (cfg.algo, cfg.p, cfg.steps, cfg.resume) == ("mix-ppo", 0.25, 12, True)  # not the row's p and steps
     assert cfg.sources["p"] == "resumed run"
     assert (cfg.lr, cfg.sources["lr"]) == (0.125, "flag")
     assert parsed(f"--resume --out {tmp_path / 'run'} --steps 20").steps == 20
@@ -201,14 +210,16 @@ def bad_value(flags, *words, world=1):
     bad_value("--steps ten", "--steps", "ten"),
     bad_value("--p 1", "--p", "[0, 1)"), bad_value("--p -0.1", "--p", "[0, 1)"), bad_value("--p nan", "--p", "nan"),
     bad_value("--lr inf", "--lr", "inf"),
-    bad_value("--window 0", "--window", "1"), bad_value("--utd 0", "--utd", "1"), bad_value("--utd_after 0", "--utd_after", "1"),
-    bad_value("--reincarnate -1", "--reincarnate", "0"), bad_value("--steps 0", "--steps", "1"),
-    bad_value("--minibatch 0", "--minibatch", "1"),
+    bad_value("--window 0", "--window", "1"), bad_value("--utd 0", "--utd", "1"),
+    bad_value("--utd_after 0", "--utd_after", "1"), bad_value("--reincarnate -1", "--reincarnate", "0"),
+    bad_value("--steps 0", "--steps", "1"), bad_value("--minibatch 0", "--minibatch", "1"),
     bad_value("--algo grpo --group_size 1", "--group_size", "2"), bad_value("--advantage group", "--group_size", "2"),
-    bad_value("--tp 2", "1 rank", "--tp 2"), bad_value("--tp 2", "3 ranks", "--tp 2", world=3), bad_value("--tp 0", "--tp"),
+    bad_value("--tp 2", "1 rank", "--tp 2"), bad_value("--tp 2", "3 ranks", "--tp 2", world=3),
+    bad_value("--tp 0", "--tp"),
     bad_value("--prompts 1 --p 0.4", "fresh", "--prompts"), bad_value("--prompts 10 --p 0.91", "fresh", "--prompts"),
-    bad_value("--temperature 0", "--temperature"), bad_value("--clip_low -0.1", "--clip_low"), bad_value("--lambda_floor 1.5", "--lambda_floor"),
-    bad_value("--lambda_every 0", "--lambda_every", "1"), bad_value("--kl_estimator k4", "--kl_estimator", "k3"),
+    bad_value("--temperature 0", "--temperature"), bad_value("--clip_low -0.1", "--clip_low"),
+    bad_value("--lambda_floor 1.5", "--lambda_floor"), bad_value("--lambda_every 0", "--lambda_every", "1"),
+    bad_value("--kl_estimator k4", "--kl_estimator", "k3"),
     bad_value("--anchor next", "--anchor", "prev"),
 ])
 def test_bad_values(flags, words, world):
@@ -226,7 +237,7 @@ def test_good_values_at_the_border_pass():
 
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capfd):
-    """refuse(flags…): train.main must exit 2 with one line on stderr, which it returns, and never reach a process group or an engine."""
+    """refuse(flags…): train.main must exit 2 with one line on stderr, which is returned, and reach no engine."""
     import torch.distributed as dist
 
     import train
@@ -310,8 +321,16 @@ def test_bad_evaluation_data(refuse, tmp_path, small_model, monkeypatch):
     assert "--data_dir" in refuse(*common, "--eval_data", "aime24")
 
 
-def test_model_without_data(refuse, small_model):
+def test_model_and_data_go_together(refuse, tmp_path, small_model):
     assert "--data" in refuse("--model", small_model, "--out", "run")
+    assert "--model" in refuse("--data", problems(tmp_path, FINE), "--out", "run")
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed(refuse, monkeypatch, package):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
+    assert f"pip install {package}" in refuse(f"--{package}", "--out", "run")
 
 
 def test_a_run_is_not_overwritten(refuse, tmp_path):
@@ -367,7 +386,8 @@ def test_tokenizer_without_eos(refuse, tmp_path, model_copy):
     settings = json.loads((model_copy / "tokenizer_config.json").read_text())
     settings["eos_token"] = None  # left out, transformers would invent one for this kind of model
     (model_copy / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert "eos" in refuse("--model", model_copy, "--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100)
+    path = problems(tmp_path, FINE)
+    assert "eos" in refuse("--model", model_copy, "--data", path, "--out", "run", "--max_prompt", 100)
 
 
 def test_template_without_chat_format(refuse, tmp_path, model_copy):
@@ -410,7 +430,8 @@ def test_vllm_under_either_name(monkeypatch, name, version):
 
 def test_lengths_against_the_context(refuse, tmp_path, small_model, capfd):
     """The small model's context is 512 tokens."""
-    common = ("--model", small_model, "--data", problems(tmp_path, FINE + FINE.replace("1+1", "1+1" * 100)), "--out", "run")
+    path = problems(tmp_path, FINE + FINE.replace("1+1", "1+1" * 100))
+    common = ("--model", small_model, "--data", path, "--out", "run")
     assert "766" in refuse(*common) and "512" in refuse(*common, "--max_prompt", 512)  # no room for a response
     said = refuse(*common, "--max_prompt", 200, "--max_response", 313)
     assert "--max_response 313" in said and "512" in said
@@ -422,8 +443,9 @@ def test_long_prompts_are_skipped_once_and_the_response_fitted(tmp_path, small_m
     import train
 
     path = problems(tmp_path, FINE + 3 * FINE.replace("1+1", "1+1" * 100))
-    cfg, said, tokenizer = parse(["--model", str(small_model), "--data", str(path), "--max_prompt", "120"]), [], data.load_tokenizer(small_model)
-    kept, held_out = train.fit(cfg, str(small_model), tokenizer, data.load_problems(path), [], said.append)
+    cfg, said = parse(["--model", str(small_model), "--data", str(path), "--max_prompt", "120"]), []
+    tokenizer, everything = data.load_tokenizer(small_model), data.load_problems(path)
+    kept, held_out = train.fit(cfg, str(small_model), tokenizer, everything, [], said.append)
     assert [problem["id"] for problem in kept] == ["problems/0"] and held_out == []
     assert len(kept[0]["prompt_ids"]) <= 120
     assert cfg.max_response == 512 - 120 and cfg.sources["max_response"] == "fitted to the model's context"
@@ -443,7 +465,8 @@ def test_bad_input_command(tmp_path):
 
 def test_bad_input_under_torchrun(tmp_path, small_model):
     """torchrun adds a report of its own; the line itself stands there once, from rank 0."""
-    done = command("train.py", "--model", small_model, "--data", problems(tmp_path, FINE + "{\n"), "--out", tmp_path / "run", ranks=2)
+    path = problems(tmp_path, FINE + "{\n")
+    done = command("train.py", "--model", small_model, "--data", path, "--out", tmp_path / "run", ranks=2)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
     assert done.returncode != 0 and len(lines) == 1 and "line 2" in lines[0], done.stderr
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,7 @@
 """What a run writes down, and the steps of the loop that it is computed in, against numbers worked out by hand.
 
-The batch: samples of ages 0, 0, 1 and 2, ragged, every token with an id of its own, so that a policy is a table of log-probs
-and every quantity can be followed through train.py in plain Python.
+The batch: samples of ages 0, 0, 1 and 2, ragged, every token with an id of its own, so that a policy is a table of
+log-probs and every quantity can be followed through train.py in plain Python.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import metrics
 import train
 from config import Config, Plan, parse
 from eval import reflects, summarise
-from metrics import METRICS, Meter, Recorder, console_line, truncate
+from metrics import METRICS, Meter, Recorder, console_line, step_metrics, truncate
 from reward import Verdict
 
 CPU = torch.device("cpu")
@@ -78,7 +78,8 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-RECORD = dict(step=3, version=2, phase="mixed", fresh_rollouts=4, total_rollouts=12, length_mean=10.5, staleness=[4, 2, 0])
+RECORD = dict(step=3, version=2, phase="mixed", fresh_rollouts=4, total_rollouts=12, length_mean=10.5,
+              staleness=[4, 2, 0])
 
 
 def test_recorder_writes_every_key_in_strict_json(tmp_path, capsys):
@@ -119,7 +120,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 
 def test_clock_and_machine_metrics(tmp_path, monkeypatch):
-    """Phases add up within a step and start again at the next; 10.5 tokens x 4 responses in 1.5 + 2 seconds; 3 GiB in KiB."""
+    """Phases add up within a step and start again at the next: 10.5 tokens x 4 in 1.5 + 2 seconds. 3 GiB in KiB."""
     ticks = iter([0.0, 100.0, 101.5, 200.0, 202.0, 202.0, 202.25, 300.0, 310.0, 310.0, 320.0, 7.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(metrics.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
@@ -134,27 +135,30 @@ def test_clock_and_machine_metrics(tmp_path, monkeypatch):
     record.write(RECORD | {"step": 4})
     record.close()
     first, second = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    expected = dict(seconds_step=7.0, seconds_generate=3.5, seconds_verify=0.25, seconds_logprobs=10.0, seconds_update=10.0, seconds_eval=None,
-                    tokens_per_second=42 / 3.5, memory_peak_gib=3.0)
+    expected = dict(seconds_step=7.0, seconds_generate=3.5, seconds_verify=0.25, seconds_logprobs=10.0,
+                    seconds_update=10.0, seconds_eval=None, tokens_per_second=42 / 3.5, memory_peak_gib=3.0)
     assert {name: first[name] for name in expected} == expected
     assert all(second[name] is None for name in expected if name != "memory_peak_gib")
 
 
 def test_console_line():
-    line = dict.fromkeys(METRICS) | RECORD | dict(accuracy=0.25, kl_base=0.01234, ratio_mean_history=1.5, entropy=0.75, grad_norm=2.0,
-                                                   gap_mean=1.25e-6, seconds_step=3.5)
+    empty = dict.fromkeys(METRICS)
+    line = empty | RECORD | dict(accuracy=0.25, kl_base=0.01234, ratio_mean_history=1.5, entropy=0.75, grad_norm=2.0,
+                                 gap_mean=1.25e-6, seconds_step=3.5)
     shown = console_line(line, 9)
-    for part in ("step    3/9", "mixed", "rollouts     12", "accuracy 0.250", "length   10.5", "kl  0.0123", "ratio 1.5000", "entropy  0.750",
-                 "grad   2.000", "3.50 s"):
+    for part in ("step    3/9", "mixed", "rollouts     12", "accuracy 0.250", "length   10.5", "kl  0.0123",
+                 "ratio 1.5000", "entropy  0.750", "grad   2.000", "3.50 s"):
         assert part in shown
     without = console_line(line | dict(ratio_mean_history=None, kl_base=None, eval_accuracy=0.5), 9)
-    assert without.endswith(" | eval 0.500") and len(without) == len(shown) + len(" | eval 0.500")  # columns stay where they are
-    assert console_line(dict.fromkeys(METRICS) | dict(step=0, phase="evaluation", total_rollouts=0, eval_accuracy=0.125), 9).endswith("| eval 0.125")
+    assert without.endswith(" | eval 0.500") and len(without) == len(shown) + len(" | eval 0.500")  # columns stay
+    start = empty | dict(step=0, phase="evaluation", total_rollouts=0, eval_accuracy=0.125)
+    assert console_line(start, 9).endswith("| eval 0.125")
 
 
 def test_truncate(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = ['{"step": 0, "x": null}\n', '{"step": 1}\n', '{"step": 2, "text": "ü\\u2028"}\n', '{"step": 3}\n', '{"step": 2}\n', '{"step": 1']
+    lines = ['{"step": 0, "x": null}\n', '{"step": 1}\n', '{"step": 2, "text": "ü\\u2028"}\n', '{"step": 3}\n',
+             '{"step": 2}\n', '{"step": 1']
     for last, kept in ((2, [0, 1, 2, 4]), (0, [0]), (3, [0, 1, 2, 3, 4]), (-1, [])):
         path.write_text("".join(lines), encoding="utf-8")
         truncate(path, last)
@@ -174,12 +178,12 @@ TOKENS = {10: (-0.50, -1.00, -1.00, -0.90, -1.10, 0.30, 1.0),   # fresh, r = e^0
           11: (-2.60, -2.00, -2.00, -1.00, -2.10, 0.10, -1.0),  # fresh, r = e^-0.6 < 0.8, A < 0: clipped low
           12: (-0.45, -0.50, -0.50, -0.70, -0.40, 0.70, 2.0),   # fresh, inside
           13: (-1.50, -1.00, -1.00, -1.40, -1.20, 1.10, 0.5),   # fresh, r = e^-0.5 < 0.8, but A > 0: not clipped
-          14: (-1.00, -1.10, -1.60, -1.30, -1.60, 0.20, 1.0),   # age 1, c = e^0.5 = 1.65, r = e^0.6 = 1.82 < c + 0.2: inside
-          15: (-0.30, -0.90, -0.20, -0.80, -0.20, 0.50, 0.7),   # age 1, c = e^-0.7 = 0.50, r = e^-0.1 = 0.90 > c + 0.2: clipped high
-          16: (-2.00, -1.50, -1.70, -1.00, -1.60, 0.90, -0.3),  # age 2, c = e^0.2 = 1.22, r = e^-0.3 = 0.74 < c - 0.2: clipped low
+          14: (-1.00, -1.10, -1.60, -1.30, -1.60, 0.20, 1.0),   # age 1, r = e^0.6 = 1.82 < c + 0.2, c = e^0.5: inside
+          15: (-0.30, -0.90, -0.20, -0.80, -0.20, 0.50, 0.7),   # age 1, r = e^-0.1 = 0.90 > c + 0.2, c = e^-0.7: high
+          16: (-2.00, -1.50, -1.70, -1.00, -1.60, 0.90, -0.3),  # age 2, r = e^-0.3 = 0.74 < c - 0.2, c = e^0.2: low
           17: (-0.80, -0.85, -1.00, -0.75, -0.95, 0.40, -1.5)}  # age 2, c = e^0.15, r = e^0.2: inside
 NEW, OLD, BEHAVIOR, BASE, PREV, ENTROPY, ADVANTAGE = range(7)
-VALUES = {10: 0.2, 11: 0.3, 12: 0.6, 13: 0.1, 14: 0.5, 15: 0.4, 16: 0.7, 17: 0.9}   # the critic at the start of the step
+VALUES = {10: 0.2, 11: 0.3, 12: 0.6, 13: 0.1, 14: 0.5, 15: 0.4, 16: 0.7, 17: 0.9}   # the critic as it was
 NOW = {10: 0.9, 11: 0.1, 12: 0.6, 13: 0.0, 14: 1.2, 15: 0.8, 16: 0.2, 17: 0.4}      # the critic now
 RETURNS = {10: 1.0, 11: 0.8, 12: 1.0, 13: 0.0, 14: 0.9, 15: 1.0, 16: 0.1, 17: 0.0}
 
@@ -188,8 +192,8 @@ def sample(version, tokens, reward, prompt_index, **more):
     """Tokens (a list of ids) with everything that the loop has put beside them by step 6."""
     columns = dict(logp_old=OLD, logp_behavior=BEHAVIOR, logp_base=BASE, logp_prev=PREV, advantages=ADVANTAGE)
     return {name: torch.tensor([TOKENS[t][column] for t in tokens]) for name, column in columns.items()} | dict(
-        version=version, prompt=torch.tensor([3] * (prompt_index % 3 + 1)), response=torch.tensor(tokens), reward=reward,
-        prompt_index=prompt_index, logp_sampler=torch.tensor([TOKENS[t][OLD] - 0.01 for t in tokens]),
+        version=version, prompt=torch.tensor([3] * (prompt_index % 3 + 1)), response=torch.tensor(tokens),
+        reward=reward, prompt_index=prompt_index, logp_sampler=torch.tensor([TOKENS[t][OLD] - 0.01 for t in tokens]),
         values=torch.tensor([VALUES[t] for t in tokens]), returns=torch.tensor([RETURNS[t] for t in tokens]), **more)
 
 
@@ -210,7 +214,7 @@ class Table(torch.nn.Module):
 
     def forward(self, ids, where, tokens, mask):
         rows = torch.arange(len(ids))[:, None].expand_as(where)
-        assert (ids[rows[mask], where[mask] + 1] == tokens[mask]).all()  # logits are read one position before their token
+        assert (ids[rows[mask], where[mask] + 1] == tokens[mask]).all()  # logits are read one before their token
         return tuple(torch.where(mask, table[tokens], 0.0) for table in self.tables)
 
 
@@ -233,7 +237,8 @@ class Fake:
 
 def learners(**norms):
     policy = Table({t: row[NEW] for t, row in TOKENS.items()}, {t: row[ENTROPY] for t, row in TOKENS.items()})
-    return {"policy": Fake(policy, norms.get("policy", (0.0,))), "critic": Fake(Table(NOW), norms.get("critic", (0.0,)))}
+    critic = Fake(Table(NOW), norms.get("critic", (0.0,)))
+    return {"policy": Fake(policy, norms.get("policy", (0.0,))), "critic": critic}
 
 
 def config(flags=""):
@@ -269,37 +274,36 @@ def by_hand():
     weights = [math.exp(TOKENS[t][OLD] - TOKENS[t][BEHAVIOR]) for t in (14, 15, 16, 17)]
     errors = [RETURNS[t] - VALUES[t] for t in TOKENS]
     return dict(
-        step=6, version=5, phase="mixed", fresh_rollouts=2, total_rollouts=6 * 2, accuracy=0.5, reward=0.5, length_mean=2.0, length_max=3,
-        truncated_share=0.5, unjudged_share=0.0, reflection_rate=0.5, staleness=[2, 1, 1],
+        step=6, version=5, phase="mixed", fresh_rollouts=2, total_rollouts=6 * 2, accuracy=0.5, reward=0.5,
+        length_mean=2.0, length_max=3, truncated_share=0.5, unjudged_share=0.0, reflection_rate=0.5, staleness=[2, 1, 1],
         kl_base=mean(k3(t, BASE) for t in TOKENS), kl_prev=mean(k3(t, PREV) for t in TOKENS),
         ratio_mean_fresh=mean(ratio(t) for t in (10, 11, 12, 13)), ratio_max_fresh=math.exp(0.5),
         ratio_mean_history=mean(ratio(t) for t in (14, 15, 16, 17)), ratio_max_history=math.exp(0.6),
         clip_low_share=2 / 8, clip_high_share=2 / 8, ess=sum(weights) ** 2 / (4 * sum(w * w for w in weights)),
-        entropy=mean(row[ENTROPY] for row in TOKENS.values()), policy_loss=mean(map(ppg, TOKENS)), value_loss=mean(map(value_loss, TOKENS)),
-        explained_variance=1 - statistics.variance(errors) / statistics.variance(RETURNS.values()), grad_norm=2.0, critic_grad_norm=5.0,
-        gap_mean=0.02, gap_max=0.05, **{"lambda": 0.7})
+        entropy=mean(row[ENTROPY] for row in TOKENS.values()), policy_loss=mean(map(ppg, TOKENS)),
+        value_loss=mean(map(value_loss, TOKENS)), grad_norm=2.0, critic_grad_norm=5.0, gap_mean=0.02, gap_max=0.05,
+        explained_variance=1 - statistics.variance(errors) / statistics.variance(RETURNS.values()), **{"lambda": 0.7})
 
 
 PLAN = Plan(6, "mixed", 2, 2, 1, 2)
 
 
 def measured(cfg, minibatches, **norms):
-    """The record that train.py makes of the batch by hand after one update on each of `minibatches`, lists of its indices."""
+    """The record of the batch by hand after one update on each of `minibatches` (lists of its indices)."""
     (fresh, history), meter, made = batch_by_hand(), Meter(), learners(**norms)
     for chosen in minibatches:
         train.update(made, [(fresh + history)[i] for i in chosen], 0.7, VERSION, 0.5, meter, cfg)
     gap = torch.tensor([0.01, 0.05, 0.01, 0.01])
-    return train.step_metrics(6, PLAN, 0.7, fresh, history, fresh + history, gap, meter, cfg)
+    return step_metrics(6, PLAN, 0.7, fresh, history, fresh + history, gap, meter, cfg)
 
 
 def test_every_metric_of_a_step_by_hand():
     cfg = config("--prompts 4 --p 0.5")
     expected = by_hand()
-    assert len({expected[name] for name in expected if name not in ("staleness", "phase")}) > 15  # the numbers tell them apart
-    for minibatches in ([[0, 1, 2, 3]], [[0, 2], [3, 1]]):  # the mean is over tokens, whatever they were updated with
-        n = len(minibatches)
-        record = measured(cfg, minibatches, policy=(1.5, 2.5)[:n] if n == 2 else (2.0,), critic=(4.0, 6.0)[:n] if n == 2 else (5.0,))
-        assert record == {name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for name, value in expected.items()}
+    assert len({expected[name] for name in expected if name not in ("staleness", "phase")}) > 15  # they can be told apart
+    wanted = {name: pytest.approx(x, rel=1e-5) if isinstance(x, float) else x for name, x in expected.items()}
+    assert measured(cfg, [[0, 1, 2, 3]], policy=(2.0,), critic=(5.0,)) == wanted
+    assert measured(cfg, [[0, 2], [3, 1]], policy=(1.5, 2.5), critic=(4.0, 6.0)) == wanted  # the mean is over tokens
     elsewhere = {"lr", "tokens_per_second", "memory_peak_gib"}  # test_train.py and the clock's test above
     assert set(METRICS) - set(expected) == elsewhere | {n for n in METRICS if n.startswith(("eval_", "seconds_"))}
 
@@ -311,8 +315,9 @@ def test_what_does_not_exist_is_null():
     cfg, meter, made = config("--algo grpo --beta 0 --group_size 2"), Meter(), learners()
     made.pop("critic")
     train.update(made, fresh, 1.0, VERSION, 1.0, meter, cfg)
-    record = train.step_metrics(6, Plan(6, "on-policy", 2, 0, 1, 1), 1.0, fresh, [], fresh, torch.zeros(4), meter, cfg)
-    absent = ("kl_base", "kl_prev", "ratio_mean_history", "ratio_max_history", "ess", "explained_variance", "value_loss", "critic_grad_norm", "lambda")
+    record = step_metrics(6, Plan(6, "on-policy", 2, 0, 1, 1), 1.0, fresh, [], fresh, torch.zeros(4), meter, cfg)
+    absent = ("kl_base", "kl_prev", "ratio_mean_history", "ratio_max_history", "ess", "explained_variance",
+              "value_loss", "critic_grad_norm", "lambda")
     assert {name: record.get(name) for name in absent} == dict.fromkeys(absent)
     assert record["ratio_mean_fresh"] == pytest.approx(mean(ratio(t) for t in (10, 11, 12, 13)))
     assert record["staleness"] == [2, 0, 0]
@@ -325,7 +330,7 @@ def test_explained_variance(returns, expected):
     meter.add("policy_grad_norm", torch.tensor(1.0))
     for one, value, target in zip(fresh, (0.25, 0.75), returns):
         one.update(values=torch.tensor([value]), returns=torch.tensor([target]))
-    record = train.step_metrics(6, PLAN, 1.0, fresh, [], fresh, torch.zeros(1), meter, config())
+    record = step_metrics(6, PLAN, 1.0, fresh, [], fresh, torch.zeros(1), meter, config())
     assert record["explained_variance"] == expected
 
 
@@ -334,9 +339,10 @@ def test_rewards_and_reasons_of_a_step():
     (fresh, history), meter = batch_by_hand(), Meter()
     meter.add("policy_grad_norm", torch.tensor(1.0))
     reasons = [None, "wrong", "no_box", "timeout", "truncated"]
-    fresh = [fresh[0] | dict(reason=r, reward=float(r is None), truncated=r == "truncated", reflects=r == "wrong") for r in reasons]
+    fresh = [fresh[0] | dict(reason=r, reward=float(r is None), truncated=r == "truncated", reflects=r == "wrong")
+             for r in reasons]
     history = [one | dict(reward=1.0) for one in history + history[:1]]
-    record = train.step_metrics(6, PLAN, 1.0, fresh, history, fresh + history, torch.zeros(1), meter, config())
+    record = step_metrics(6, PLAN, 1.0, fresh, history, fresh + history, torch.zeros(1), meter, config())
     names = ("accuracy", "reward", "unjudged_share", "truncated_share", "reflection_rate", "staleness")
     assert [record[name] for name in names] == [1 / 5, 4 / 8, 2 / 5, 1 / 5, 1 / 5, [5, 2, 1]]
 
@@ -350,23 +356,25 @@ def test_summary_of_an_evaluation():
     """Three problems, two samples each: scores 1, 0.5, 0 have mean 0.5 and standard error 0.5 / sqrt(3)."""
     def row(id, reward, reason=None, **more):
         return dict(id=id, reward=reward, reason=reason, length=4, truncated=False, response="so") | more
-    rows = [row("a", 1.0), row("a", 1.0), row("b", 1.0, response="but"), row("b", 0.0, "no_box"), row("c", 0.0, "wrong", length=16),
-            row("c", 0.0, "truncated", truncated=True)]
+    rows = [row("a", 1.0), row("a", 1.0), row("b", 1.0, response="but"), row("b", 0.0, "no_box"),
+            row("c", 0.0, "wrong", length=16), row("c", 0.0, "truncated", truncated=True)]
     summary = summarise(rows)
     assert summary.pop("standard_error") == pytest.approx(0.5 / math.sqrt(3))
-    assert summary == {"pass@1": 0.5, "n": 3, "k": 2, "length_mean": 6.0, "truncated_share": 1 / 6, "reflection_rate": 1 / 6,
-                       "unjudged": {"no_box": 1, "truncated": 1}}
+    assert summary == {"pass@1": 0.5, "n": 3, "k": 2, "length_mean": 6.0, "truncated_share": 1 / 6,
+                       "reflection_rate": 1 / 6, "unjudged": {"no_box": 1, "truncated": 1}}
 
 
 def test_verdicts_are_collected_in_order():
-    mine = [dict(truncated=False, response="why"), dict(truncated=True, response="wait"), dict(truncated=False, response="so"),
-            dict(truncated=False, response="7")]
+    mine = [dict(truncated=False, response="why"), dict(truncated=True, response="wait"),
+            dict(truncated=False, response="so"), dict(truncated=False, response="7")]
     verdicts = [Verdict(1.0, None), Verdict(0.0, "wrong"), Verdict(0.0, "no_box")]
-    assert train.collect(mine, verdicts) == [[(1.0, None, True), (0.0, "truncated", True), (0.0, "wrong", False), (0.0, "no_box", False)]]
+    assert train.collect(mine, verdicts) == [
+        [(1.0, None, True), (0.0, "truncated", True), (0.0, "wrong", False), (0.0, "no_box", False)]]
 
 
-@pytest.mark.parametrize("gap, values, fine", [(9e-4, {}, True), (1.1e-3, {}, False), (math.nan, {}, False), (0.04, dict(dtype="bfloat16"), True),
-                                               (0.06, dict(dtype="bfloat16"), False), (0.06, dict(max_gap=0.1), True), (1e-4, dict(max_gap=1e-5), False)])
+@pytest.mark.parametrize("gap, values, fine", [
+    (9e-4, {}, True), (1.1e-3, {}, False), (math.nan, {}, False), (0.04, dict(dtype="bfloat16"), True),
+    (0.06, dict(dtype="bfloat16"), False), (0.06, dict(max_gap=0.1), True), (1e-4, dict(max_gap=1e-5), False)])
 def test_the_gap_alarm(gap, values, fine):
     cfg = Config(**dict(dtype="float32") | values)
     with contextlib.nullcontext() if fine else pytest.raises(RuntimeError, match="version 4"):
@@ -386,7 +394,7 @@ def gradients(cfg, samples, lam=0.7, micro=None):
 
 
 def total_loss(logp, lam, cfg, weight):
-    """The scalar that update() descends, in plain Python; logp: token -> new log-prob, weight: token -> share of the mean."""
+    """The scalar that update() descends, in plain Python; logp: token -> new log-prob, weight: token -> its share."""
     loss = 0.0
     for t, row in TOKENS.items():
         r, c = math.exp(logp[t] - row[BEHAVIOR]), math.exp(row[OLD] - row[BEHAVIOR])
@@ -408,20 +416,20 @@ def test_gradient_of_an_update(aggregate, weight, micro):
     by_logp, by_entropy, _ = gradients(cfg, samples, micro=micro)
     logp, step = {t: row[NEW] for t, row in TOKENS.items()}, 1e-5
     for t in TOKENS:
-        slope = (total_loss(logp | {t: logp[t] + step}, 0.7, cfg, weight) - total_loss(logp | {t: logp[t] - step}, 0.7, cfg, weight)) / (2 * step)
-        assert by_logp[t].item() == pytest.approx(slope, rel=1e-4, abs=1e-7), t
+        above, below = (total_loss(logp | {t: logp[t] + d}, 0.7, cfg, weight) for d in (step, -step))
+        assert by_logp[t].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=1e-7), t
         assert by_entropy[t].item() == pytest.approx(-0.25 * weight[t])
     assert by_logp[:10].abs().sum() == 0
 
 
 def test_gradient_of_the_critic():
     """(V - R) / 8 where the larger branch is the unclipped one, 0 where the clipped one is larger and flat."""
-    _, _, grad = gradients(config("--aggregate sequence"), sum(batch_by_hand(), []))  # the critic's mean is over tokens in any case
+    _, _, grad = gradients(config("--aggregate sequence"), sum(batch_by_hand(), []))  # the critic's goes by tokens
+    clipped = {t: min(max(NOW[t], VALUES[t] - 0.5), VALUES[t] + 0.5) for t in TOKENS}
+    flat = [t for t in TOKENS if abs(clipped[t] - RETURNS[t]) > abs(NOW[t] - RETURNS[t])]
+    assert flat == [10]  # 0.2 went to 0.9 on the way to 1: further than 0.5
     for t in TOKENS:
-        clipped = min(max(NOW[t], VALUES[t] - 0.5), VALUES[t] + 0.5)
-        flat = abs(clipped - RETURNS[t]) > abs(NOW[t] - RETURNS[t])
-        assert grad[t].item() == pytest.approx(0 if flat else (NOW[t] - RETURNS[t]) / 8, abs=1e-7), t
-    assert sum(abs(min(max(NOW[t], VALUES[t] - 0.5), VALUES[t] + 0.5) - RETURNS[t]) > abs(NOW[t] - RETURNS[t]) for t in TOKENS) == 1  # token 10
+        assert grad[t].item() == pytest.approx(0 if t in flat else (NOW[t] - RETURNS[t]) / 8, abs=1e-7), t
 
 
 def test_the_samplers_log_probs_do_not_move_the_loss():
@@ -468,7 +476,8 @@ def step_4(version, ages, lam, snapshots, flags="", base=-7.0):
     """Samples of the given ages through frozen_log_probs -> (what the policy was asked, samples by name)."""
     batch = []
     for i, age in enumerate(ages):
-        one = dict(name=f"{'abcdef'[i]}{age}", version=version - age, response=torch.zeros(i + 1), logp_sampler=torch.full((i + 1,), -9.0))
+        one = dict(name=f"{'abcdef'[i]}{age}", version=version - age, response=torch.zeros(i + 1),
+                   logp_sampler=torch.full((i + 1,), -9.0))
         if age:  # what was stored with it
             one["logp_behavior"] = torch.full((i + 1,), -5.0 - age)
             if base:
@@ -476,16 +485,21 @@ def step_4(version, ages, lam, snapshots, flags="", base=-7.0):
         batch.append(one)
     policy = Frozen()
     train.frozen_log_probs(policy, batch, version, lam, snapshots, config(flags), lambda items, **_: items)
-    assert all(len(value) == len(one["response"]) for one in batch for name, value in one.items() if name.startswith("logp"))
-    values = {one["name"]: {n: v[0].item() for n, v in one.items() if n.startswith("logp") and n != "logp_sampler"} for one in batch}
+    values = {}
+    for one in batch:
+        known = {name: value for name, value in one.items() if name.startswith("logp_") and name != "logp_sampler"}
+        assert {len(value) for value in known.values()} == {len(one["response"])}
+        values[one["name"]] = {name: value[0].item() for name, value in known.items()}
     return policy.asked, values
 
 
 def test_what_is_known_is_not_computed_again():
     asked, values = step_4(5, (0, 1, 2, 0), 0.9, BOTH)
-    assert asked == [("live", ["a0", "b1", "c2", "d0"]), ("base snapshot", ["a0", "d0"]), ("prev snapshot", ["a0", "c2", "d0"])]
+    assert asked == [("live", ["a0", "b1", "c2", "d0"]), ("base snapshot", ["a0", "d0"]),
+                     ("prev snapshot", ["a0", "c2", "d0"])]
     fresh = dict(logp_old=-1.0, logp_behavior=-1.0, logp_base=-2.0, logp_prev=-3.0)
-    assert values == {"a0": fresh, "d0": fresh, "b1": dict(logp_old=-1.0, logp_behavior=-6.0, logp_base=-7.0, logp_prev=-6.0),
+    assert values == {"a0": fresh, "d0": fresh,
+                      "b1": dict(logp_old=-1.0, logp_behavior=-6.0, logp_base=-7.0, logp_prev=-6.0),
                       "c2": dict(logp_old=-1.0, logp_behavior=-7.0, logp_base=-7.0, logp_prev=-3.0)}
 
 
@@ -504,7 +518,7 @@ def test_anchor_old_is_the_policy_itself():
 def test_the_first_step_is_base_and_precedent():
     asked, values = step_4(0, (0, 0), 0.9, dict(base="base snapshot"))
     assert asked == [("live", ["a0", "b0"])]
-    assert values["a0"] == dict(logp_old=-1.0, logp_behavior=-1.0, logp_base=-1.0, logp_prev=-1.0)  # pi_{-1} = pi_0 = base
+    assert values["a0"] == dict.fromkeys(("logp_old", "logp_behavior", "logp_base", "logp_prev"), -1.0)  # pi_{-1} = pi_0
 
 
 @pytest.mark.parametrize("version, computed", [(0, False), (2, True), (3, False), (4, True), (5, True)])
@@ -543,11 +557,11 @@ def test_group_advantages_of_history_are_the_stored_ones():
 
 
 def ppo_batch():
-    """Two responses of 2 and 1 tokens: values (0.2, 0.5) and (0.4,), rewards 1 and 0 at the last token; the second is history."""
+    """Two responses: values (0.2, 0.5) and (0.4,), rewards 1 and 0 at the last token; the second is history."""
     def one(values, reward, version, behaviour):
         n = len(values)
-        return dict(values=torch.tensor(values), reward=reward, version=version, prompt=torch.tensor([1]), response=torch.arange(n) + 10,
-                    logp_old=torch.full((n,), -1.0), logp_behavior=torch.tensor(behaviour))
+        return dict(values=torch.tensor(values), reward=reward, version=version, prompt=torch.tensor([1]),
+                    response=torch.arange(n), logp_old=torch.full((n,), -1.0), logp_behavior=torch.tensor(behaviour))
     return [one([0.2, 0.5], 1.0, 5, [-1.0, -1.0]), one([0.4], 0.0, 4, [-1.0])]
 
 
@@ -593,7 +607,8 @@ def dealt(n_groups, group_size, minibatch, passes, seed=0, step=3):
     return [[(s["group"], s["i"]) for s in part] for part in train.minibatches(batch, passes, cfg, step)]
 
 
-@pytest.mark.parametrize("n_groups, group_size, minibatch, passes", [(7, 3, 2, 2), (6, 1, 6, 1), (5, 2, 8, 3), (4, 4, 1, 2)])
+@pytest.mark.parametrize("n_groups, group_size, minibatch, passes", [
+    (7, 3, 2, 2), (6, 1, 6, 1), (5, 2, 8, 3), (4, 4, 1, 2)])
 def test_each_pass_covers_every_group_once(n_groups, group_size, minibatch, passes):
     parts = dealt(n_groups, group_size, minibatch, passes)
     a_pass = -(-n_groups // minibatch)
@@ -604,7 +619,7 @@ def test_each_pass_covers_every_group_once(n_groups, group_size, minibatch, pass
         sizes = [len(part) for part in mine]
         assert sizes[:-1] == [minibatch * group_size] * (a_pass - 1) and 0 < sizes[-1] <= minibatch * group_size
     for part in parts:  # whole groups, their members side by side
-        assert all([m[0] for m in part[i:i + group_size]] == [part[i][0]] * group_size for i in range(0, len(part), group_size))
+        assert [group for group, _ in part] == [group for group, _ in part[::group_size] for _ in range(group_size)]
 
 
 def test_minibatches_depend_on_seed_and_step_only():
