@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 ROWS = ("ppo", "ppo --utd 2", "grpo", "grpo --utd 2", "mix-ppo", "mix-grpo", "remix-ppo", "remix-grpo")
 EVAL_ROLLOUTS = 256  # about so many fresh rollouts between two evaluations
 MACHINE = {"out", "resume", "max_gap", "micro_tokens", "chunk_tokens", "engine_memory", "reward_workers"}  # no settings
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # runs side by side on few cores
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # runs side by side on few cores; quiet
 
 
 # Measuring: pure functions of what a run recorded.

@@ -143,8 +143,8 @@ def test_defaults_are_the_papers():
     cfg = parse(["--model", "m"])
     paper = dict(algo="remix-ppo", prompts=256, p=0.4, window=2, utd=2, utd_after=1, reincarnate=100, minibatch=32,
                  clip_low=0.2, clip_high=0.2, beta=1e-3, entropy=1e-3, lambda_start=50, lambda_every=10,
-                 lambda_drop=0.1, lambda_floor=0.5, anchor="prev", max_prompt=766, max_response=8192, lr=1e-6, critic_lr=1e-5, gamma=1.0,
-                 gae_lambda=1.0, value_clip=0.5, temperature=1.0, steps=350)
+                 lambda_drop=0.1, lambda_floor=0.5, anchor="prev", max_prompt=766, max_response=8192, lr=1e-6,
+                 critic_lr=1e-5, gamma=1.0, gae_lambda=1.0, value_clip=0.5, temperature=1.0, steps=350)
     assert {name: getattr(cfg, name) for name in paper} == paper
 
 

@@ -275,7 +275,8 @@ def by_hand():
     errors = [RETURNS[t] - VALUES[t] for t in TOKENS]
     return dict(
         step=6, version=5, phase="mixed", fresh_rollouts=2, total_rollouts=6 * 2, accuracy=0.5, reward=0.5,
-        length_mean=2.0, length_max=3, truncated_share=0.5, unjudged_share=0.0, reflection_rate=0.5, staleness=[2, 1, 1],
+        length_mean=2.0, length_max=3, truncated_share=0.5, unjudged_share=0.0, reflection_rate=0.5,
+        staleness=[2, 1, 1],
         kl_base=mean(k3(t, BASE) for t in TOKENS), kl_prev=mean(k3(t, PREV) for t in TOKENS),
         ratio_mean_fresh=mean(ratio(t) for t in (10, 11, 12, 13)), ratio_max_fresh=math.exp(0.5),
         ratio_mean_history=mean(ratio(t) for t in (14, 15, 16, 17)), ratio_max_history=math.exp(0.6),
@@ -300,7 +301,7 @@ def measured(cfg, minibatches, **norms):
 def test_every_metric_of_a_step_by_hand():
     cfg = config("--prompts 4 --p 0.5")
     expected = by_hand()
-    assert len({expected[name] for name in expected if name not in ("staleness", "phase")}) > 15  # they can be told apart
+    assert len({expected[name] for name in expected if name not in ("staleness", "phase")}) > 15  # all distinct
     wanted = {name: pytest.approx(x, rel=1e-5) if isinstance(x, float) else x for name, x in expected.items()}
     assert measured(cfg, [[0, 1, 2, 3]], policy=(2.0,), critic=(5.0,)) == wanted
     assert measured(cfg, [[0, 2], [3, 1]], policy=(1.5, 2.5), critic=(4.0, 6.0)) == wanted  # the mean is over tokens
@@ -518,7 +519,7 @@ def test_anchor_old_is_the_policy_itself():
 def test_the_first_step_is_base_and_precedent():
     asked, values = step_4(0, (0, 0), 0.9, dict(base="base snapshot"))
     assert asked == [("live", ["a0", "b0"])]
-    assert values["a0"] == dict.fromkeys(("logp_old", "logp_behavior", "logp_base", "logp_prev"), -1.0)  # pi_{-1} = pi_0
+    assert values["a0"] == dict.fromkeys(("logp_old", "logp_behavior", "logp_base", "logp_prev"), -1.0)
 
 
 @pytest.mark.parametrize("version, computed", [(0, False), (2, True), (3, False), (4, True), (5, True)])

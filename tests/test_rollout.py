@@ -1,4 +1,4 @@
-"""rollout.py with real vLLM engines: what tests/workers.py saw at one rank, at two, and with two ranks to one engine."""
+"""rollout.py with real vLLM engines: what tests/workers.py saw at one rank, at two, and with two ranks per engine."""
 
 import itertools
 from collections import Counter
@@ -67,8 +67,8 @@ def test_alarms(one):
     assert "version None" in one["before the first update"]
     seen = one["alarms"]
     assert "version 0" in seen["wrong version"] and "version 1" in seen["wrong version"]
-    for name, culprit in (("missing", "model.norm.weight"), ("missing head", "lm_head.weight"), ("unknown", "model.extra.weight"),
-                          ("unexpected", "model.norm.weight")):
+    for name, culprit in (("missing", "model.norm.weight"), ("missing head", "lm_head.weight"),
+                          ("unknown", "model.extra.weight"), ("unexpected", "model.norm.weight")):
         assert culprit in seen[name]
         assert all(seen[name + ", then"])  # neither the old version nor the failed one can be asked for
     assert seen["gap"] < 1e-4  # a right update mends it
@@ -76,7 +76,7 @@ def test_alarms(one):
 
 
 def test_order_of_calls_around_sleep(one):
-    """Weights into memory of their own, then the cache; nothing is generated in between, and a wake-up always brings weights."""
+    """Memory for the weights, the weights, then the cache, before anything is generated; no wake-up without weights."""
     wake = ["wake ['weights']", "reload_weights ['a', 'b']", "reset cache", "wake ['kv_cache']", "generate"]
     awake = [call for call in wake if not call.startswith("wake")]
     assert one["sleeping"]["calls"] == [*awake, "sleep 2", *wake, "sleep 2", *wake]
@@ -91,11 +91,13 @@ def test_responses_end_as_they_say(one):
     assert {r["truncated"] for r in responses} == {True, False}
     for r in responses:
         tokens = r["response"].tolist()
-        assert r["response"].dtype == torch.int64 and r["logp_sampler"].shape == r["response"].shape and r["logp_sampler"].dtype == torch.float32
+        assert r["response"].dtype == torch.int64 and r["logp_sampler"].dtype == torch.float32
+        assert r["response"].shape == r["logp_sampler"].shape == (len(tokens),)
         assert EOS not in tokens[:-1] and r["truncated"] == (tokens[-1] != EOS)
         assert len(tokens) == LENGTH if r["truncated"] else len(tokens) <= LENGTH
     for prompt, r in zip(PROMPTS, one["sampling"]["long"]):  # max_tokens beyond the engine's 48: cut by that
-        assert r["truncated"] == (r["response"][-1] != EOS) and (not r["truncated"] or len(prompt) + len(r["response"]) == 48)
+        assert r["truncated"] == (r["response"][-1] != EOS)
+        assert not r["truncated"] or len(prompt) + len(r["response"]) == 48
 
 
 def test_a_response_depends_on_its_own_seed_alone(one):
@@ -126,7 +128,7 @@ def test_greedy_is_the_argmax_of_every_step(one, folder):
 
 
 def test_samples_follow_the_policy_at_its_temperature(one, folder):
-    """Pearson's chi-square of 3,000 first tokens against the softmax; its mean is the degrees of freedom, its variance twice that."""
+    """Pearson's chi-square of 3,000 first tokens against the softmax, in standard deviations above its mean."""
     model = AutoModelForCausalLM.from_pretrained(folder / "untied", dtype=torch.float32)
     model.load_state_dict(one["weights"])
     with torch.no_grad():
@@ -140,7 +142,8 @@ def test_samples_follow_the_policy_at_its_temperature(one, folder):
         cells = [(first[i], expected[i].item()) for i in often]
         cells.append((total - sum(n for n, _ in cells), total - sum(e for _, e in cells)))
         chi = sum((n - e) ** 2 / e for n, e in cells)
-        return (chi - (len(cells) - 1)) / (2 * (len(cells) - 1)) ** 0.5
+        freedom = len(cells) - 1  # the mean; the variance is twice that
+        return (chi - freedom) / (2 * freedom) ** 0.5
 
     assert abs(excess(0.7)) < 4 < 20 < excess(1.0)
 
@@ -156,7 +159,7 @@ def test_the_trainer_s_generators_are_left_alone(one, two):
 
 
 def test_request_seed_is_distinct_and_63_bit():
-    parts = list(itertools.product(range(3), range(20), range(20), range(8))) + [(1, 11), (11, 1), (1, 1, 1), (111,), ("a", 1)]
+    parts = [*itertools.product(range(3), range(20), range(20), range(8)), (1, 11), (11, 1), (1, 1, 1), (111,), ("a",)]
     seeds = {request_seed(*part) for part in parts}
     assert len(seeds) == len(parts) and all(0 <= seed < 2 ** 63 for seed in seeds)
     ones = sum(seed.bit_count() for seed in seeds) / len(seeds)
@@ -182,5 +185,7 @@ def test_every_response_of_a_run_has_a_seed_of_its_own():
         cfg = SimpleNamespace(seed=seed, group_size=4, temperature=0.7, max_response=9)
         samples = generate(SimpleNamespace(generate=record), problems, version, cfg)
         assert [s["prompt_index"] for s in samples] == [i for i in (4, 5, 17) for _ in range(4)]
-        assert all(s["version"] == version and s["answer"] == str(s["prompt_index"]) and s["prompt"].tolist() == [s["prompt_index"], 9] for s in samples)
+        for s in samples:
+            assert s["version"] == version and s["answer"] == str(s["prompt_index"])
+            assert s["prompt"].tolist() == [s["prompt_index"], 9]
     assert len(set(asked)) == len(asked) == 2 * 3 * 3 * 4

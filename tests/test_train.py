@@ -1,11 +1,12 @@
 """The real command lines at a very small scale: train.py and eval.py on vLLM, FSDP2, torchrun and math-verify.
 
-What a run wrote down is judged from outside: rewards from the text of the responses, log-probs from a plain transformers model
-with the weights of each version, the ledger from the schedule, one run against another.
+What a run wrote down is judged from outside: rewards from the text of the responses, log-probs from a plain
+transformers model with the weights of each version, the ledger from the schedule, one run against another.
 """
 
 import json
 import math
+import os
 import random
 import re
 import statistics
@@ -31,15 +32,6 @@ def launched(script, *args, **how):
     return done.stdout
 
 
-def close(a, b, tolerance):
-    """Equal, numbers to `tolerance` (absolute), lists and dicts item by item."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(close(a[key], b[key], tolerance) for key in a)
-    if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= tolerance
-    return a == b
-
-
 # Real problems: a small Qwen2 that has learned to box small numbers, every algorithm on two ranks.
 
 SAYS = re.compile(r"(?:wait |so )?</think>\\boxed\{([1-4](?:\.0)?)\}")  # what the model has learned
@@ -59,23 +51,26 @@ def easy_problems(problems_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def guesser(small_model, easy_problems, tmp_path_factory):
-    """The small model after a moment of supervised learning: it thinks not at all or one word, then boxes 1, …, 4 or 1.0, …, 4.0.
+    """The small model after a moment of supervised learning: it thinks not at all or one word, then boxes a number.
 
-    Math-verify is needed to call 2.0 right where the answer is 2.
+    The number is 1, …, 4 or 1.0, …, 4.0: math-verify is needed to call 2.0 right where the answer is 2.
     """
-    folder, rng, tokenizer = tmp_path_factory.mktemp("models") / "guesser", random.Random(0), data.load_tokenizer(small_model)
+    folder, rng = tmp_path_factory.mktemp("models") / "guesser", random.Random(0)
+    tokenizer = data.load_tokenizer(small_model)
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
     prompts, _ = data.encode_prompts(data.load_problems(easy_problems), tokenizer, "r1", 128)
     prompts = sorted((problem["prompt_ids"] for problem in prompts), key=len)[:64]
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 160)
     for _ in range(160):
-        texts = [f"{rng.choice(('', 'wait ', 'so '))}</think>\\boxed{{{rng.randint(1, 4)}{rng.choice(('', '.0'))}}}" for _ in range(16)]
+        texts = [f"{rng.choice(('', 'wait ', 'so '))}</think>\\boxed{{{rng.randint(1, 4)}{rng.choice(('', '.0'))}}}"
+                 for _ in range(16)]
         pairs = [(rng.choice(prompts), tokenizer.encode(text) + [tokenizer.eos_token_id]) for text in texts]
         length = max(len(prompt) + len(answer) for prompt, answer in pairs)
         ids = torch.tensor([p + a + [0] * (length - len(p) - len(a)) for p, a in pairs])
         labels = torch.tensor([[-100] * len(p) + a + [-100] * (length - len(p) - len(a)) for p, a in pairs])
-        loss = F.cross_entropy(model(input_ids=ids[:, :-1]).logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -86,12 +81,14 @@ def guesser(small_model, easy_problems, tmp_path_factory):
 
 
 STEPS, WINDOW = 4, 2
-COMMON = (f"--steps {STEPS} --window {WINDOW} --minibatch 4 --max_prompt 160 --max_response 24 --lr 3e-4 --critic_lr 3e-4 --warmup 4 "
-          "--save_every 1 --keep 10 --seed 3 --samples 1000").split()
-MIXED = "--p 0.6 --lambda_start 1 --lambda_every 1".split()  # 40 % fresh, history as two versions hold together: 60 of 80 %
+COMMON = (f"--steps {STEPS} --window {WINDOW} --minibatch 4 --max_prompt 160 --max_response 24 --lr 3e-4 "
+          "--critic_lr 3e-4 --warmup 4 --save_every 1 --keep 10 --seed 3 --samples 1000").split()
+MIXED = "--p 0.6 --lambda_start 1 --lambda_every 1".split()  # 40 % fresh; two versions hold 80 %, of which 60 are drawn
 # algorithm: fresh and historical responses a step, lambda a step. PPO: 30 prompts; GRPO: 10 groups of 8
-EXPECTED = {"ppo": ([30, 30, 30, 30], [0, 0, 0, 0], [1, 1, 1, 1]), "grpo": ([80, 80, 80, 80], [0, 0, 0, 0], [1, 1, 1, 1]),
-            "mix-ppo": ([12, 12, 12, 12], [0, 12, 18, 18], [1, 1, 1, 1]), "mix-grpo": ([32, 32, 32, 32], [0, 32, 48, 48], [1, 1, 1, 1]),
+EXPECTED = {"ppo": ([30, 30, 30, 30], [0, 0, 0, 0], [1, 1, 1, 1]),
+            "grpo": ([80, 80, 80, 80], [0, 0, 0, 0], [1, 1, 1, 1]),
+            "mix-ppo": ([12, 12, 12, 12], [0, 12, 18, 18], [1, 1, 1, 1]),
+            "mix-grpo": ([32, 32, 32, 32], [0, 32, 48, 48], [1, 1, 1, 1]),
             "remix-ppo": ([12, 12, 12, 30], [0, 12, 18, 0], [1, 0.9, 0.8, 0.7]),
             "remix-grpo": ([32, 32, 32, 80], [0, 32, 48, 0], [1, 0.9, 0.8, 0.7])}
 
@@ -104,10 +101,10 @@ def real_run(guesser, easy_problems, problems_file, tmp_path_factory):
     def run(algo):
         if algo not in made:
             folder = tmp_path_factory.mktemp("runs") / algo
-            flags = ["--model", str(guesser), "--data", str(problems_file if algo == "grpo" else easy_problems), "--algo", algo, *COMMON]
-            flags += ["--prompts", "10" if "grpo" in algo else "30"]
-            flags += (MIXED if "mix" in algo else []) + (["--reincarnate", "3"] if "remix" in algo else []) + ["--out", str(folder)]
-            flags += ["--tensorboard"] if algo == "ppo" else []
+            flags = [*COMMON, "--model", str(guesser), "--algo", algo, "--out", str(folder)]
+            flags += ["--data", str(problems_file if algo == "grpo" else easy_problems)]
+            flags += ["--prompts", "10" if "grpo" in algo else "30"] + (MIXED if "mix" in algo else [])
+            flags += (["--reincarnate", "3"] if "remix" in algo else []) + (["--tensorboard"] if algo == "ppo" else [])
             made[algo] = folder, launched("train.py", *flags, ranks=2), flags
         return made[algo]
     return run
@@ -124,7 +121,8 @@ def test_every_algorithm_on_real_problems(real_run, algo):
     assert column["fresh_rollouts"] == fresh
     assert column["total_rollouts"] == [sum(fresh[:i + 1]) for i in range(STEPS)]
     assert dry_run(cfg).splitlines()[-1] == f"total rollouts: {column['total_rollouts'][-1]}"
-    assert column["phase"] == ["mixed" if "mix" in algo and not ("remix" in algo and step == 4) else "on-policy" for step in (1, 2, 3, 4)]
+    assert column["phase"] == (["mixed"] * 3 if "mix" in algo else ["on-policy"] * 3) + [
+        "mixed" if algo.startswith("mix") else "on-policy"]
     assert column["lambda"] == lambdas
     assert column["lr"] == pytest.approx([3e-4 * step / 4 for step in (1, 2, 3, 4)])
     for step, line in enumerate(lines, 1):
@@ -139,9 +137,11 @@ def test_every_algorithm_on_real_problems(real_run, algo):
         assert critic[:2] == [size == 1] * 2 and (size == 1 or not critic[2])
         assert line["gap_mean"] < 1e-5 and line["gap_mean"] <= line["gap_max"] < 1e-3
         assert 0 < line["entropy"] < math.log(1024) and line["grad_norm"] > 0 and line["kl_base"] > 0
-        assert not present or 0 < line["ess"] <= 1 and abs(line["ratio_mean_history"] - 1) < 0.5 < line["ratio_max_history"]
+        if present:
+            assert 0 < line["ess"] <= 1 and abs(line["ratio_mean_history"] - 1) < 0.5 < line["ratio_max_history"]
         assert abs(line["ratio_mean_fresh"] - 1) < 0.2 and line["ratio_max_fresh"] > 1
-        assert line["tokens_per_second"] * line["seconds_generate"] == pytest.approx(line["fresh_rollouts"] * line["length_mean"])
+        tokens = line["fresh_rollouts"] * line["length_mean"]
+        assert line["tokens_per_second"] * line["seconds_generate"] == pytest.approx(tokens)
         assert 0 < line["seconds_generate"] + line["seconds_logprobs"] + line["seconds_update"] < line["seconds_step"]
         assert line["memory_peak_gib"] > 0.1 and all(line[name] is None for name in METRICS if name.startswith("eval_"))
     if history[2]:  # three quarters of what is held: both past versions are there
@@ -153,10 +153,11 @@ def test_every_algorithm_on_real_problems(real_run, algo):
     shown = [line for line in stdout.splitlines() if line.startswith("step ")]
     assert len(shown) == STEPS and [line.startswith(f"step    {i}/4") for i, line in enumerate(shown, 1)] == [True] * 4
     assert stdout.count("reincarnation after step 3") == (1 if "remix" in algo else 0)
-    assert {path.name for path in folder.iterdir()} - {"tensorboard"} == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"}
+    assert {path.name for path in folder.iterdir()} - {"tensorboard"} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"}
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step_00000{i}" for i in (1, 2, 3, 4)]
-    values = json.loads((folder / "config.json").read_text())
-    assert values["values"]["algo"] == algo and values["sources"]["prompts"] == "flag" and values["values"]["template"] == "r1"
+    saved = json.loads((folder / "config.json").read_text())
+    assert (saved["values"]["algo"], saved["values"]["template"], saved["sources"]["prompts"]) == (algo, "r1", "flag")
 
 
 @pytest.mark.parametrize("algo", ("grpo", "remix-ppo"))
@@ -168,15 +169,16 @@ def test_rewards_and_lengths_are_those_of_the_texts(real_run, algo):
     assert len(plain) > 0.7 * len(samples)
     for s in plain:
         right = s["answer"] in ("1", "2", "3", "4") and float(s["answer"]) == float(SAYS.fullmatch(s["response"])[1])
-        numeric = s["answer"].isdecimal() or not re.search(r"\d", s["answer"])  # an answer such as \frac42 is math-verify's to read
-        assert not numeric or (s["reward"], s["reason"]) == ((1.0, None) if right else (0.0, s["reason"])), s
+        if s["answer"].isdecimal() or not re.search(r"\d", s["answer"]):  # to read \frac42 is math-verify's work
+            assert (s["reward"], s["reason"] is None) == (right, right), s
     assert any(".0}" in s["response"] and s["reward"] for s in plain) or algo == "grpo"  # 2.0 is 2
     for line in lines:
         now = [s for s in samples if s["step"] == line["step"]]
         assert len(now) == line["fresh_rollouts"]
         assert line["accuracy"] == pytest.approx(statistics.mean(s["reward"] for s in now))
         assert line["truncated_share"] == pytest.approx(statistics.mean(s["reason"] == "truncated" for s in now))
-        assert line["unjudged_share"] == pytest.approx(statistics.mean(s["reason"] not in (None, "wrong", "truncated") for s in now))
+        unjudged = statistics.mean(s["reason"] not in (None, "wrong", "truncated") for s in now)
+        assert line["unjudged_share"] == pytest.approx(unjudged)
         assert line["reflection_rate"] == pytest.approx(statistics.mean("wait" in s["response"] for s in now), abs=0.1)
         assert all(s["prompt"].endswith("<think>") and s["reward"] in (0, 1) for s in now)
     prompts = [[s["prompt"] for s in samples if s["step"] == step] for step in (1, 2)]
@@ -189,7 +191,8 @@ def test_tensorboard(real_run):
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     for name in ("entropy", "accuracy", "total_rollouts"):
-        assert [(e.step, pytest.approx(e.value)) for e in events.Scalars(name)] == [(line["step"], line[name]) for line in metrics_of(folder)]
+        shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        assert shown == [(line["step"], line[name]) for line in metrics_of(folder)]
     assert not list(real_run("grpo")[0].glob("tensorboard*"))
 
 
@@ -201,7 +204,7 @@ def shards(folder, step, tmp_path):
 
 
 def policy_weights(state):
-    return {name.removeprefix("lm."): tensor for name, tensor in state["policy"]["model"].items() if name.startswith("lm.")}
+    return {name.removeprefix("lm."): tensor for name, tensor in state["policy"]["model"].items()}
 
 
 def test_base_and_precedent_in_the_shards_of_a_run(real_run, guesser, tmp_path):
@@ -209,7 +212,8 @@ def test_base_and_precedent_in_the_shards_of_a_run(real_run, guesser, tmp_path):
     folder, _, _ = real_run("remix-ppo")
     names = [name for name, _ in AutoModelForCausalLM.from_pretrained(guesser).named_parameters()]
     states = {step: shards(folder, step, tmp_path) for step in (1, 2, 3, 4)}
-    policy = {0: load_file(guesser / "model.safetensors")} | {step: policy_weights(state) for step, state in states.items()}
+    policy = {step: policy_weights(state) for step, state in states.items()}
+    policy[0] = load_file(guesser / "model.safetensors")
 
     def same(snapshot, version):
         assert len(snapshot) == len(names)
@@ -229,7 +233,8 @@ def held(folder, step):
 
     def read(sample):
         return {key: tensors[value["tensor"]] if isinstance(value, dict) else value for key, value in sample.items()}
-    return {version: [[read(sample) for sample in group] for group in groups] for version, groups in state["buffer"]["entries"]}
+    return {version: [[read(sample) for sample in group] for group in groups]
+            for version, groups in state["buffer"]["entries"]}
 
 
 @torch.no_grad()
@@ -255,31 +260,31 @@ def test_the_buffer_of_a_run(real_run, guesser, tmp_path):
         assert [len({tuple(s["prompt"].tolist()) for s in group}) for group in groups] == [1] * 4
         fresh = [sample for group in groups for sample in group]
         assert {s["version"] for s in fresh} == {version}
-        for weights, key in ((base, "logp_base"), (policy_weights(shards(folder, version, tmp_path)) if version else base, "logp_behavior")):
+        author = policy_weights(shards(folder, version, tmp_path)) if version else base
+        for weights, key in ((base, "logp_base"), (author, "logp_behavior")):
             model.load_state_dict(weights)
             for s in fresh:
                 assert (naive_log_probs(model, s) - s[key]).abs().max() < 2e-5
         assert (version == 0) == all((s["logp_base"] - s["logp_behavior"]).abs().max() < 1e-4 for s in fresh)
         gaps = torch.cat([(s["logp_behavior"] - s["logp_sampler"]).abs() for s in fresh])
         engine_differs |= gaps.max().item() > 0
-        assert (lines[version]["gap_mean"], lines[version]["gap_max"]) == (pytest.approx(gaps.mean().item()), pytest.approx(gaps.max().item()))
-        rewards = [s["reward"] for s in fresh]
-        lengths = [len(s["response"]) for s in fresh]
-        assert lines[version]["accuracy"] == pytest.approx(sum(rewards) / 32)
-        assert (lines[version]["length_mean"], lines[version]["length_max"]) == (pytest.approx(sum(lengths) / 32), max(lengths))
+        rewards, lengths = [s["reward"] for s in fresh], [len(s["response"]) for s in fresh]
+        by_hand = dict(gap_mean=gaps.mean().item(), gap_max=gaps.max().item(), accuracy=sum(rewards) / 32,
+                       length_mean=sum(lengths) / 32, length_max=max(lengths))
+        assert {name: lines[version][name] for name in by_hand} == pytest.approx(by_hand)
         for s in fresh:
             text = SAYS.fullmatch(tokenizer.decode(s["response"], skip_special_tokens=True))
             if text:
                 assert s["reward"] == (float(text[1]) == float(answers[tokenizer.decode(s["prompt"])]))
         for group in groups:
             rewards, advantages = [s["reward"] for s in group], [s["advantage"] for s in group]
-            assert abs(sum(advantages)) < 1e-4
-            deviation = statistics.stdev(rewards)
+            centre, deviation = statistics.mean(rewards), statistics.stdev(rewards)
             spread += deviation > 0
-            assert advantages == pytest.approx([(r - statistics.mean(rewards)) / (deviation + 1e-6) for r in rewards], abs=1e-4)
+            assert abs(sum(advantages)) < 1e-4
+            assert advantages == pytest.approx([(r - centre) / (deviation + 1e-6) for r in rewards], abs=1e-4)
     assert spread >= 4 and engine_differs  # both log-probs are real, and not one taken for the other
-    kept = {(s["version"], s["prompt_index"]): s["advantage"] for group in held(folder, 2)[1] for s in group[:1]}
-    assert kept == {(s["version"], s["prompt_index"]): s["advantage"] for group in held(folder, 3)[1] for s in group[:1]}  # also when drawn
+    before, after = ([s["advantage"] for group in held(folder, step)[1] for s in group] for step in (2, 3))
+    assert before == after  # having been drawn changed nothing
 
 
 def test_reincarnation_empties_the_buffer(real_run):
@@ -289,13 +294,13 @@ def test_reincarnation_empties_the_buffer(real_run):
 
 # The embedded default: the same run again, interrupted, on other ranks, with another seed.
 
-TOY = ("--algo remix-ppo --prompts 20 --p 0.6 --window 2 --minibatch 8 --reincarnate 4 --lambda_start 1 --lambda_every 1 --save_every 3 "
-       "--eval_every 3 --eval_k 1").split()
+TOY = ("--algo remix-ppo --prompts 20 --p 0.6 --window 2 --minibatch 8 --reincarnate 4 --lambda_start 1 "
+       "--lambda_every 1 --save_every 3 --eval_every 3 --eval_k 1").split()
 
 
 @pytest.fixture(scope="module")
 def toy_runs(tmp_path_factory):
-    """Run folders by name. `whole`: six steps on one rank; `half`: three, then resumed to six from what a kill may leave behind."""
+    """Run folders by name. `whole`: six steps on one rank; `half`: three, killed in the fifth, resumed to six."""
     toy.model_folder()
     folder = tmp_path_factory.mktemp("toy")
 
@@ -333,7 +338,8 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(toy_runs):
     assert other["step"] == 1 and {name: other[name] for name in ("total_rollouts", "phase", "lr")} == {
         name: whole[1][name] for name in ("total_rollouts", "phase", "lr")}
     assert all(other[name] != whole[1][name] for name in ("length_mean", "entropy", "grad_norm", "gap_mean"))
-    prompts = [{s["prompt"] for s in map(json.loads, open(toy_runs[name] / "samples.jsonl")) if s["step"] == 1} for name in ("whole", "other")]
+    prompts = [{s["prompt"] for s in map(json.loads, open(toy_runs[name] / "samples.jsonl")) if s["step"] == 1}
+               for name in ("whole", "other")]
     assert prompts[0] != prompts[1]
 
 
@@ -356,15 +362,16 @@ def test_kl_and_ratio_start_again_at_reincarnation(toy_runs):
 
 
 def test_two_ranks_and_small_micro_batches_train_alike(toy_runs):
-    """Three whole steps of generation, draws, advantages and updates: the same responses, the same numbers to rounding."""
+    """Three whole steps, history included: the same responses, the same numbers to rounding."""
     one, two = lines_of(toy_runs["whole"])[:4], lines_of(toy_runs["two"])
     assert [line["step"] for line in two] == [0, 1, 2, 3]
-    exact = ("step", "version", "phase", "total_rollouts", "accuracy", "reward", "length_mean", "length_max", "staleness", "lambda", "eval_accuracy",
-             "eval_length_mean", "truncated_share", "clip_low_share", "clip_high_share")
+    exact = ("step", "version", "phase", "total_rollouts", "accuracy", "reward", "length_mean", "length_max",
+             "staleness", "lambda", "eval_accuracy", "eval_length_mean", "truncated_share", "clip_low_share",
+             "clip_high_share")
     for a, b in zip(one, two):
         assert {name: a[name] for name in exact} == {name: b[name] for name in exact}
-        for name in a.keys() - {"gap_mean", "gap_max"}:  # which are rounding
-            assert close(a[name], b[name], 1e-4), (name, a[name], b[name])
+        for name in a:
+            assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-4, (name, a[name], b[name])
     one, two = ((toy_runs[name] / "samples.jsonl").read_text() for name in ("whole", "two"))
     assert two and one.startswith(two)
     a, b = (load_file(toy_runs[name] / "checkpoints/step_000003/buffer.safetensors") for name in ("whole", "two"))
@@ -377,7 +384,8 @@ def test_evaluation_during_training(toy_runs):
     start, end = lines[0], lines[6]
     assert start["phase"] == "evaluation" and start["total_rollouts"] == 0 and start["accuracy"] is None
     for line in (start, end):
-        assert line["eval_accuracy"] * 128 == pytest.approx(round(line["eval_accuracy"] * 128)) and 0.1 < line["eval_accuracy"] < 0.6
+        right = line["eval_accuracy"] * 128
+        assert right == pytest.approx(round(right)) and 0.1 < line["eval_accuracy"] < 0.6
         assert 5 < line["eval_length_mean"] < 40 and 0 <= line["eval_truncated_share"] < 0.2
     assert start["eval_length_mean"] != end["eval_length_mean"]
     assert lines_of(toy_runs["other"])[0]["eval_accuracy"] is None
@@ -387,17 +395,18 @@ def test_evaluation_during_training(toy_runs):
 
 
 def results_of(folder):
-    return json.loads((folder / "results.json").read_text())["scores"], [json.loads(line) for line in open(folder / "samples.jsonl")]
+    rows = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    return json.loads((folder / "results.json").read_text())["scores"], rows
 
 
 @pytest.fixture(scope="module")
 def benchmark_dir(tmp_path_factory):
     """$REMIX_DATA, or thirty generated problems in the place of AIME'24."""
-    import os
     if os.environ.get("REMIX_DATA"):
         return Path(os.environ["REMIX_DATA"])
     folder, rng = tmp_path_factory.mktemp("benchmarks"), random.Random(1)
-    rows = [{"id": f"aime24/{i}", "problem": f"Find ${rng.randint(1, 9)} + {i}$.", "answer": str(i % 5)} for i in range(30)]
+    rows = [{"id": f"aime24/{i}", "problem": f"Find ${rng.randint(1, 9)} + {i}$.", "answer": str(i % 5)}
+            for i in range(30)]
     (folder / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -406,9 +415,11 @@ def benchmark_dir(tmp_path_factory):
 def evaluations(toy_runs, guesser, benchmark_dir, tmp_path_factory):
     """(stdout, folder) of eval.py on the trained toy model, and on a named benchmark with one rank and with two."""
     out = tmp_path_factory.mktemp("eval")
-    named = ("--model", guesser, "--benchmarks", "aime24", "--data_dir", benchmark_dir, "--k", 2, "--max_prompt", 400, "--max_response", 16)
+    named = ("--model", guesser, "--benchmarks", "aime24", "--data_dir", benchmark_dir, "--k", 2, "--max_prompt", 400,
+             "--max_response", 16)
+    default = ("--model", toy_runs["whole"] / "model", "--k", 2, "--temperature", 1)
     with ThreadPoolExecutor(2) as pool:
-        on_toy = pool.submit(launched, "eval.py", "--model", toy_runs["whole"] / "model", "--k", 2, "--temperature", 1, "--out", out / "toy")
+        on_toy = pool.submit(launched, "eval.py", *default, "--out", out / "toy")
         one = pool.submit(launched, "eval.py", *named, "--out", out / "one")
         done = {"toy": on_toy.result(), "one": one.result()}
     done["two"] = launched("eval.py", *named, "--out", out / "two", ranks=2)
@@ -419,17 +430,21 @@ def test_eval_on_the_trained_toy(evaluations):
     stdout, folder = evaluations["toy"]
     scores, rows = results_of(folder)
     score = scores["toy"]
-    assert (score["n"], score["k"], score["skipped"], len(rows), len({(row["id"], row["sample"]) for row in rows})) == (128, 2, 0, 256, 256)
+    assert (score["n"], score["k"], score["skipped"]) == (128, 2, 0)
+    assert len(rows) == len({(row["id"], row["sample"]) for row in rows}) == 256
     for row in rows:
         final = row["response"].rpartition("#")
-        right = final[1] == "#" and not row["truncated"] and final[2] == str(sum(map(int, row["id"].removeprefix("toy/"))))
+        total = sum(map(int, row["id"].removeprefix("toy/")))
+        right = final[1] == "#" and not row["truncated"] and final[2] == str(total)
         assert row["reward"] == right and row["benchmark"] == "toy"
-    per_problem = [statistics.mean(row["reward"] for row in rows if row["id"] == id) for id in {row["id"] for row in rows}]
+    per_problem = [statistics.mean(row["reward"] for row in rows if row["id"] == id)
+                   for id in {row["id"] for row in rows}]
     assert score["pass@1"] == pytest.approx(statistics.mean(per_problem)) and 0.1 < score["pass@1"] < 0.6
     assert score["standard_error"] == pytest.approx(statistics.stdev(per_problem) / math.sqrt(128))
     assert score["length_mean"] == pytest.approx(statistics.mean(row["length"] for row in rows))
     cells = next(line for line in stdout.splitlines() if line.startswith("toy ")).split()
-    assert cells[1:6] == ["128", "2", f"{100 * score['pass@1']:.2f}", f"{100 * score['standard_error']:.2f}", f"{score['length_mean']:.1f}"]
+    assert cells[1:3] == ["128", "2"] and cells[3:6] == [
+        f"{100 * score['pass@1']:.2f}", f"{100 * score['standard_error']:.2f}", f"{score['length_mean']:.1f}"]
     assert stdout.splitlines()[-1] == str(folder)
 
 
@@ -440,4 +455,4 @@ def test_eval_on_a_benchmark_with_one_rank_and_two(evaluations, benchmark_dir):
     assert scores["aime24"]["n"] + scores["aime24"]["skipped"] == 30 and len(rows) == 2 * scores["aime24"]["n"] > 30
     assert {row["id"] for row in rows} <= {problem["id"] for problem in problems}
     assert any(row["reason"] in (None, "wrong") for row in rows)  # math-verify had something to read
-    assert any(a["response"] != b["response"] for a, b in zip(rows[::2], rows[1::2]))  # the samples of a problem are not one
+    assert any(a["response"] != b["response"] for a, b in zip(rows[::2], rows[1::2]))  # two samples, not one twice

@@ -3,10 +3,12 @@
     torchrun … tests/workers.py NAME FOLDER   # -> FOLDER/NAME-WORLD-RANK.pt, a dict
 """
 
+import itertools
 import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace as Has
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,17 +36,18 @@ def tiny_model(folder, tied):
 
     torch.manual_seed(int(tied))
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, initializer_range=0.15, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0, bos_token_id=None))
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.15, tie_word_embeddings=tied,
+        eos_token_id=1, pad_token_id=0, bos_token_id=None))
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
 
 def config(**changes):
     cfg = parse([])
-    values = dict(dtype="float32", temperature=0.7, chunk_tokens=5, micro_tokens=12, lr=1e-2, critic_lr=3e-2, weight_decay=0.1, adam_beta2=0.95,
-                  grad_clip=0.05, beta=0.1, entropy=0.02, aggregate="token", max_response=9, kl_estimator="k3", value_clip=0.5,
-                  clip_low=0.2, clip_high=0.3)
+    values = dict(dtype="float32", temperature=0.7, chunk_tokens=5, micro_tokens=12, lr=1e-2, critic_lr=3e-2,
+                  weight_decay=0.1, adam_beta2=0.95, grad_clip=0.05, beta=0.1, entropy=0.02, aggregate="token",
+                  max_response=9, kl_estimator="k3", value_clip=0.5, clip_low=0.2, clip_high=0.3)
     for name, value in (values | changes).items():
         assert hasattr(cfg, name), name
         setattr(cfg, name, value)
@@ -59,6 +62,10 @@ def full(tensors):
     return {name: tensor.detach().full_tensor().clone() for name, tensor in tensors}
 
 
+def weights(policy):
+    return {name: tensor.clone() for name, tensor in policy.full_tensors()}
+
+
 def local(learner):
     return [p.to_local().detach().clone() for p in learner.module.parameters()]
 
@@ -67,7 +74,7 @@ def build(folder, model, cfg, ranks, critic=False):
     learners = {"policy": Learner(Policy(folder / model, cfg.temperature, cfg.chunk_tokens), cfg.lr, cfg, ranks)}
     if critic:
         module = Critic(folder / model)
-        module.value.weight.data.copy_(value_weight(module.value.in_features))  # else the backbone's gradient would be 0
+        module.value.weight.data.copy_(value_weight(module.value.in_features))  # at 0 the backbone has no gradient
         learners["critic"] = Learner(module, cfg.critic_lr, cfg, ranks)
     return learners
 
@@ -79,7 +86,8 @@ def state_of(learners, snapshots=()):
         state[name] = full(learner.module.named_parameters())
         for key, p in learner.module.named_parameters():
             for moment, value in learner.optimizer.state[p].items():
-                state[name][f"{key}/{moment}"] = (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+                state[name][f"{key}/{moment}"] = whole.clone()
         state[name]["lr"] = torch.tensor([group["lr"] for group in learner.optimizer.param_groups])
     for name, snapshot in dict(snapshots).items():
         state[name] = full(zip(map(str, range(len(snapshot))), snapshot))
@@ -96,6 +104,19 @@ UPDATES = {
 }
 
 
+def watch(learner):
+    """A dict that the learner's next step() fills: gradients, their norm, parameters before and after."""
+    found, named, original = {}, list(learner.module.named_parameters()), learner.step
+
+    def step(scale):
+        found.update(grads=full((name, p.grad) for name, p in named), before=full(named))
+        found.update(norm=original(scale), after=full(named))
+        return found["norm"]
+
+    learner.step = step
+    return found
+
+
 def updates(folder, ranks):
     """Gradients and parameters of one train.update in each of UPDATES."""
     seen = {}
@@ -106,13 +127,7 @@ def updates(folder, ranks):
         if cfg.beta == 0:
             used = [{key: value for key, value in s.items() if key not in ("logp_base", "logp_prev")} for s in used]
         for name, learner in learners.items():
-            def step(scale, name=name, learner=learner, original=learner.step):
-                found[name] = dict(grads={key: p.grad.full_tensor().clone() for key, p in learner.module.named_parameters()},
-                                   before=full(learner.module.named_parameters()))
-                found[name]["norm"] = original(scale)
-                found[name]["after"] = full(learner.module.named_parameters())
-                return found[name]["norm"]
-            learner.step = step
+            found[name] = watch(learner)
         train.update(learners, used, LAM, VERSION, 0.5, meter, cfg)
         found["means"] = meter.gathered()[0]
         found["micro_batches"] = learners["policy"].my_micro_batches(used)
@@ -128,10 +143,11 @@ def broken_update(folder, ranks):
     cfg, seen = config(micro_tokens=10_000), {}
     for case, batches in {"usual": [samples], "broken first": [broken, samples]}.items():
         learners = build(folder, "tied", cfg, ranks)
+        policy, seen[case] = learners["policy"], []
         for batch in batches:
-            before, meter = full(learners["policy"].module.named_parameters()), Meter()
-            train.update(learners, batch, LAM, VERSION, 1.0, meter, cfg)
-            seen.setdefault(case, []).append((before, full(learners["policy"].module.named_parameters()), len(learners["policy"].optimizer.state)))
+            before = full(policy.module.named_parameters())
+            train.update(learners, batch, LAM, VERSION, 1.0, Meter(), cfg)
+            seen[case].append((before, full(policy.module.named_parameters()), len(policy.optimizer.state)))
     return seen
 
 
@@ -143,13 +159,14 @@ def snapshots(folder, ranks):
         learners = build(folder, model, cfg, ranks)
         policy, found = learners["policy"], {}
         held = {"base": policy.snapshot()}
-        found["base_weights"] = dict((name, t.clone()) for name, t in policy.full_tensors())
+        found["base_weights"] = weights(policy)
         train.update(learners, samples, LAM, VERSION, 1.0, Meter(), cfg)
         held["prev"] = policy.snapshot()
-        found["prev_weights"] = dict((name, t.clone()) for name, t in policy.full_tensors())
+        found["prev_weights"] = weights(policy)
         train.update(learners, samples, LAM, VERSION, 1.0, Meter(), cfg)
-        found["now_weights"] = {name: t.clone() for name, t in policy.full_tensors()}
-        found["names"], found["shards"] = policy.names, {n: p.to_local().clone() for n, p in policy.module.lm.named_parameters()}
+        found["now_weights"] = weights(policy)
+        found["names"] = policy.names
+        found["shards"] = {name: p.to_local().clone() for name, p in policy.module.lm.named_parameters()}
         frozen, shards = {name: [t.to_local().clone() for t in s] for name, s in held.items()}, local(policy)
         found["now"] = policy.predict(samples)
         for name, snapshot in held.items():
@@ -167,10 +184,10 @@ def snapshots(folder, ranks):
         except KeyError:
             pass
         found["shards_kept"] = all(map(torch.equal, shards, local(policy)))
-        found["frozen_kept"] = all(torch.equal(a, b.to_local()) for name in held for a, b in zip(frozen[name], held[name]))
+        found["frozen_kept"] = all(torch.equal(a, b.to_local()) for n in held for a, b in zip(frozen[n], held[n]))
         found["nothing"] = policy.predict([])
-        checkpoint.export(folder / f"exported-{model}-{ranks.world}", policy, make_tokenizer(), ranks)
-        checkpoint.export(folder / f"exported-{model}-{ranks.world}", policy, make_tokenizer(), ranks)  # over the old one
+        for _ in range(2):  # the second over the first
+            checkpoint.export(folder / f"exported-{model}-{ranks.world}", policy, make_tokenizer(), ranks)
         seen[model] = found
     return seen
 
@@ -249,7 +266,8 @@ def gap(policy, responses, chosen):
 
 
 def generators():
-    return random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2], torch.get_rng_state().tolist()
+    _, keys, position, *_ = np.random.get_state()
+    return random.getstate(), keys.tolist(), position, torch.get_rng_state().tolist()
 
 
 def make_engine(folder, model, tp, ranks):
@@ -291,11 +309,13 @@ def weights_arrive(engine, policy):
 def alarms(engine, policy):
     """What must raise; at the end the engine is right again, at version 3."""
     def tensors(drop=None, add=None):
-        return [(name, tensor.clone()) for name, tensor in policy.full_tensors() if name != drop] + ([(add, torch.zeros(1))] if add else [])
+        found = [(name, tensor.clone()) for name, tensor in policy.full_tensors() if name != drop]
+        return found + ([(add, torch.zeros(1))] if add else [])
 
     seen = {"wrong version": refused(lambda: ask(engine, [0], version=0))}
     norm = "model.norm.weight"
-    for name, found, expected in (("missing", tensors(drop=norm), policy.names), ("missing head", tensors(drop="lm_head.weight"), policy.names),
+    for name, found, expected in (("missing", tensors(drop=norm), policy.names),
+                                  ("missing head", tensors(drop="lm_head.weight"), policy.names),
                                   ("unknown", tensors(add="model.extra.weight"), policy.names),
                                   ("unexpected", tensors(), policy.names - {norm})):
         seen[name] = refused(lambda: engine.update(2, iter(found), expected))
@@ -321,29 +341,28 @@ class RecordingLLM:
         self.calls.append("reset cache")
 
     def collective_rpc(self, method, kwargs):
-        pairs = zip(range(self.take), kwargs["weights_iterator"]) if self.take else enumerate(kwargs["weights_iterator"])
-        self.calls.append(f"{method} {[name for _, (name, _) in pairs]}")
+        self.calls.append(f"{method} {[name for name, _ in itertools.islice(kwargs['weights_iterator'], self.take)]}")
 
     def generate(self, requests, parameters, use_tqdm):
-        from types import SimpleNamespace as Is
         self.calls.append("generate")
-        return [Is(outputs=[Is(token_ids=(4,), logprobs=[{4: Is(logprob=-0.5)}], finish_reason="stop")]) for _ in requests]
+        answer = Has(token_ids=(4,), logprobs=[{4: Has(logprob=-0.5)}], finish_reason="stop")
+        return [Has(outputs=[answer]) for _ in requests]
 
 
 def sleeping(engine):
     """Order of calls around a sleep, as on a GPU."""
-    real, seen, weights = (engine.llm, engine.sleeps), {}, [("a", torch.zeros(1)), ("b", torch.zeros(1))]
+    real, seen, pairs = (engine.llm, engine.sleeps), {}, [("a", torch.zeros(1)), ("b", torch.zeros(1))]
     engine.llm, engine.sleeps = RecordingLLM(), True
     for version in (4, 5):
-        engine.update(version, iter(weights), {"a", "b"})
+        engine.update(version, iter(pairs), {"a", "b"})
         ask(engine, [0, 1], version=version)
         engine.sleep()
     seen["asleep"] = [refused(lambda: ask(engine, [0], version=version)) for version in (4, 5, None)]
-    engine.update(5, iter(weights), {"a", "b"})  # the version is the same, the weights were dropped
+    engine.update(5, iter(pairs), {"a", "b"})  # the version is the same, the weights were dropped
     ask(engine, [0], version=5)
     seen["calls"] = engine.llm.calls
     engine.llm = RecordingLLM(take=1)
-    seen["not consumed"] = refused(lambda: engine.update(6, iter(weights), {"a"}))
+    seen["not consumed"] = refused(lambda: engine.update(6, iter(pairs), {"a"}))
     engine.llm, engine.sleeps = real
     return seen
 
@@ -351,12 +370,14 @@ def sleeping(engine):
 def sampling(engine):
     """Version 3: orders and compositions of the batch, greedy, a long request with its progress bar, first tokens."""
     seen = {"whole": ask(engine, range(12), 3), "again": ask(engine, range(12), 3)}
-    seen["parts"] = {i: r for part in ([7, 2, 11], [4], [0, 1, 10, 9], [8, 3, 6, 5]) for i, r in zip(part, ask(engine, part, 3))}
+    parts = [7, 2, 11], [4], [0, 1, 10, 9], [8, 3, 6, 5]
+    seen["parts"] = {i: r for part in parts for i, r in zip(part, ask(engine, part, 3))}
     seen["greedy"] = ask(engine, range(6), 3, temperature=0.0)
     seen["greedy again"] = engine.generate(PROMPTS[:6], list(range(6)), 3, 0.0, LENGTH)
     seen["long"] = ask(engine, range(6), 3, length=60_000)
     many = 3000
-    seen["first"] = [r["response"].item() for r in engine.generate([PROMPTS[0]] * many, [request_seed(1, i) for i in range(many)], 3, 0.7, 1)]
+    first = engine.generate([PROMPTS[0]] * many, [request_seed(1, i) for i in range(many)], 3, 0.7, 1)
+    seen["first"] = [r["response"].item() for r in first]
     return seen
 
 
@@ -364,7 +385,7 @@ def engine_one(folder, ranks):
     """One rank: everything that needs no second one."""
     engine, policy, seen = make_engine(folder, "untied", 1, ranks)
     seen["untied"], seen["alarms"] = weights_arrive(engine, policy), alarms(engine, policy)
-    seen["sampling"], seen["weights"] = sampling(engine), {name: t.clone() for name, t in policy.full_tensors()}
+    seen["sampling"], seen["weights"] = sampling(engine), weights(policy)
     seen["sleeping"], seen["seed"] = sleeping(engine), request_seed(0, 1, "a", 3)
     engine, policy, _ = make_engine(folder, "tied", 1, ranks)
     seen["tied"] = weights_arrive(engine, policy)
@@ -372,7 +393,7 @@ def engine_one(folder, ranks):
 
 
 def engine_two(folder, ranks):
-    """Two ranks, as two engines and as one tensor-parallel engine: the same requests, and fewer than there are engines."""
+    """Two ranks as two engines, then as one (tensor-parallel): the same requests, and fewer than there are engines."""
     seen = {"seed": request_seed(0, 1, "a", 3)}
     for tp in (1, 2):
         engine, policy, found = make_engine(folder, "untied", tp, ranks)
