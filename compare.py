@@ -257,9 +257,10 @@ def demo(args):
         flags, _ = plan(run.name, args.seed, args.budget)
         call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.nproc),
              "train.py", *flags, "--out", str(run))
+    with ThreadPoolExecutor(len(runs)) as pool:  # at once: most of it is start-up
+        list(pool.map(lambda run: call("eval.py", "--model", str(run / "model"), "--benchmarks", "toy", "--k", "4",
+                                       "--temperature", "1.0", "--out", str(run / "eval")), runs))
     for run in runs:
-        call("eval.py", "--model", str(run / "model"), "--benchmarks", "toy", "--k", "4", "--temperature", "1.0",
-             "--out", str(run / "eval"))
         seen = summary(plot.load_run(run), args.target)
         scores = json.loads((run / "eval" / "results.json").read_text())["scores"]["toy"]
         rows.append([run.name, rollouts_text(seen["rollouts"], args.budget), f"{scores['pass@1']:.3f}",

@@ -318,7 +318,7 @@ def toy_runs(tmp_path_factory):
         return half
     with ThreadPoolExecutor(2) as pool:  # two runs of one rank at a time
         whole, half = pool.submit(run, "whole", "--steps", 6), pool.submit(interrupted)
-        other = pool.submit(run, "other", "--steps", 1, "--seed", 1, "--eval_every", 0)
+        other = pool.submit(run, "other", "--steps", 1, "--seed", 1)
         runs = dict(whole=whole.result(), half=half.result(), other=other.result())
     runs["two"] = run("two", "--steps", 3, "--micro_tokens", 150, ranks=2)
     return runs
@@ -334,7 +334,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(toy_runs):
     assert [line["step"] for line in first] == [0, 1, 2, 3] and first == whole[:4]
     before = (toy_runs["half"].parent / "half-samples.jsonl").read_text()
     assert before and (toy_runs["whole"] / "samples.jsonl").read_text().startswith(before)
-    other = lines_of(toy_runs["other"])[0]
+    other = lines_of(toy_runs["other"])[1]
     assert other["step"] == 1 and {name: other[name] for name in ("total_rollouts", "phase", "lr")} == {
         name: whole[1][name] for name in ("total_rollouts", "phase", "lr")}
     assert all(other[name] != whole[1][name] for name in ("length_mean", "entropy", "grad_norm", "gap_mean"))
@@ -388,7 +388,8 @@ def test_evaluation_during_training(toy_runs):
         assert right == pytest.approx(round(right)) and 0.1 < line["eval_accuracy"] < 0.6
         assert 5 < line["eval_length_mean"] < 40 and 0 <= line["eval_truncated_share"] < 0.2
     assert start["eval_length_mean"] != end["eval_length_mean"]
-    assert lines_of(toy_runs["other"])[0]["eval_accuracy"] is None
+    last = lines_of(toy_runs["other"])[-1]  # evaluated for being the last
+    assert last["step"] == 1 and last["eval_accuracy"] is not None
 
 
 # eval.py.
