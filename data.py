@@ -136,6 +136,9 @@ def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list
 def load_tokenizer(folder: str | os.PathLike):
     """The tokenizer of a model folder, or of a model by name. Padding defaults to eos. Raises ValueError."""
     from transformers import AutoTokenizer
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if os.path.isdir(folder) and not any((Path(folder) / name).exists() for name in files):
+        raise ValueError(f"no tokenizer in {folder}: it needs one of {', '.join(files)}")  # transformers would invent an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises half a dozen kinds here

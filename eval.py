@@ -104,9 +104,11 @@ def main(argv=None):
     parser.add_argument("--engine_memory", type=float, default=0.9, help="share of GPU memory for vLLM")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per rank")
     parser.add_argument("--reward_workers", type=int, default=2, help="judging processes per rank")
-    parser.add_argument("--out", help="folder for results.json and samples.jsonl; none: eval/MODEL")
+    parser.add_argument("--out", help="folder for results.json and samples.jsonl; none: RUN/eval for RUN/model, else eval/MODEL")
     args = parser.parse_args(argv)
 
+    path = Path(args.model or "toy").resolve()
+    out = Path(args.out or (path.parent / "eval" if path.name == "model" else Path("eval") / path.name))  # RUN/model -> RUN/eval
     first, names = os.environ.get("RANK", "0") == "0", args.benchmarks.split(",")
     try:
         for name, least in dict(k=1, max_prompt=1, max_response=1, temperature=0, tp=1, threads=1, reward_workers=1).items():
@@ -116,9 +118,11 @@ def main(argv=None):
             raise ConfigError(f"{os.environ['WORLD_SIZE']} ranks cannot be divided into tensor-parallel groups of --tp {args.tp}")
         check_vllm()
         if args.model:
-            check_model(args.model)
+            check_model(args.model, args.tp)
+        if (out / "results.json").exists():
+            raise ConfigError(f"{out} already holds results: choose another --out")
         problems = {name: load_eval_data(name, args.data_dir) for name in names}
-        folder = args.model or toy.model_folder(first)
+        folder = args.model or toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
         tokenizer = data.load_tokenizer(folder)
         skipped = {}
         for name in names:
@@ -126,11 +130,13 @@ def main(argv=None):
             template = "raw" if name == "toy" else template
             problems[name], skipped[name] = data.encode_prompts(problems[name], tokenizer, template, args.max_prompt)
             problems[name] = problems[name], data.STYLE_OF[template]
+        longest = max(len(problem["prompt_ids"]) for rows, _ in problems.values() for problem in rows)
+        context = context_length(folder)
+        max_response = min(args.max_response, context - longest) if context else args.max_response
+        if max_response < 1:
+            raise ConfigError(f"a prompt of {longest} tokens fills the model's context of {context}: lower --max_prompt")
     except ValueError as error:
         exit_bad_input(error)
-    longest = max(len(problem["prompt_ids"]) for rows, _ in problems.values() for problem in rows)
-    context = context_length(folder)
-    max_response = min(args.max_response, context - longest) if context else args.max_response
     if first and max_response < args.max_response:
         print(f"responses are limited to {max_response} tokens: the model's context is {context}, the longest prompt {longest}")
 
@@ -153,7 +159,6 @@ def main(argv=None):
             rows += [row | {"benchmark": name} for row in found]
     if ranks.first:
         print(table(scores))
-        out = Path(args.out or Path("eval") / Path(folder).name)
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps({"scores": scores, "settings": vars(args)}, indent=1))
         with open(out / "samples.jsonl", "w", encoding="utf-8") as file:

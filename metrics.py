@@ -44,7 +44,7 @@ METRICS = {
     "grad_norm": "policy gradient norm before clipping, mean over updates",
     "critic_grad_norm": "critic gradient norm before clipping, mean over updates",
     "lr": "learning rate of the policy",
-    "gap_mean": "mean |log-prob by trainer - log-prob by sampler| on fresh tokens: rounding if weights agree",
+    "gap_mean": "mean absolute difference of the log-probs by trainer and by sampler on fresh tokens: rounding if weights agree",
     "gap_max": "largest of them",
     "reflection_rate": "share of fresh responses with at least one self-reflection keyword",
     "eval_accuracy": "pass@1 on --eval_data after this step's updates",
@@ -55,6 +55,7 @@ METRICS = {
     "seconds_logprobs": "forward passes of the old, base and precedent policies and of the critic (s)",
     "seconds_update": "gradient updates (s)",
     "seconds_eval": "evaluation (s)",
+    "seconds_save": "writing the previous step's checkpoint (s)",
     "seconds_step": "the whole step, evaluation apart (s)",
     "tokens_per_second": "fresh response tokens per second of seconds_generate, all ranks",
     "memory_peak_gib": "peak memory of rank 0 so far: GPU memory, or resident memory on a CPU (GiB)",
@@ -135,7 +136,7 @@ class Recorder:
                 self.tensorboard = SummaryWriter(Path(cfg.out) / "tensorboard")
             if cfg.wandb:
                 import wandb
-                self.wandb = wandb.init(project="remix", name=Path(cfg.out).name, config=vars(cfg), resume="allow")
+                self.wandb = wandb.init(project="remix", id=Path(cfg.out).name, config=vars(cfg), resume="allow")
 
     @contextlib.contextmanager
     def clock(self, phase):

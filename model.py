@@ -6,25 +6,30 @@ Parameters are float32 masters; the computation is in bfloat16 on GPUs, float32 
 """
 
 import contextlib
+from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
 from distributed import gather
 
 
-def pretrained(kind, folder):
-    """A float32 model on the CPU from a Hugging Face folder; no code from the folder is run."""
+def pretrained(kind, folder, empty):
+    """A float32 model on the CPU from a Hugging Face folder, or its `empty` skeleton without memory. No code from there is run."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else the critic's backbone reports the head that it does not want
-    return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    if not empty:
+        return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    with torch.device("meta"):
+        return kind.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32, trust_remote_code=False).eval()
 
 
 class Policy(nn.Module):
@@ -34,14 +39,14 @@ class Policy(nn.Module):
     (B, T, V) tensor. This must happen inside the root's forward, outside of which FSDP2 leaves the head's weight sharded.
     """
 
-    def __init__(self, folder, temperature, chunk_tokens):
+    def __init__(self, folder, temperature, chunk_tokens, empty=False):
         super().__init__()
-        self.lm = pretrained(AutoModelForCausalLM, folder)
+        self.lm = pretrained(AutoModelForCausalLM, folder, empty)
         self.temperature, self.chunk_tokens = temperature, chunk_tokens
 
     @property
-    def layers(self):  # no attribute: a module registered twice would be saved twice
-        return self.lm.model.layers
+    def backbone(self):  # no attribute: a module registered twice would be saved twice
+        return self.lm.model
 
     def head(self, hidden, tokens):
         """hidden (n, H), tokens (n,) -> log-probs (n,), entropies (n,), float32."""
@@ -64,16 +69,12 @@ class Policy(nn.Module):
 class Critic(nn.Module):
     """The same backbone with a value head (zero at the start); V is read at the position whose logits produce the token."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, empty=False):
         super().__init__()
-        self.backbone = pretrained(AutoModel, folder)
+        self.backbone = pretrained(AutoModel, folder, empty)
         self.value = nn.Linear(self.backbone.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
-
-    @property
-    def layers(self):
-        return self.backbone.layers
 
     def forward(self, ids, where, tokens, mask):
         """ids (b, L), where, mask (b, T) -> values (b, T), 0 where mask is False. `tokens` is not used."""
@@ -143,18 +144,31 @@ def collate(samples, device, fields=()):
 
 
 class Learner:
-    """One module under FSDP2 with its AdamW: predict, train, swap in a frozen snapshot, stream the weights out."""
+    """One module under FSDP2 with its AdamW: predict, train, swap in a frozen snapshot, stream the weights out.
+
+    Rank 0's module holds the weights and broadcasts them; the other ranks' may be `empty`, so that a machine's memory holds one
+    full copy, not one per rank.
+    """
 
     def __init__(self, module, lr, cfg, ranks):
         self.cfg, self.ranks, self.module, self.lr = cfg, ranks, module, lr
+        weights = module.state_dict() if ranks.first else {}
+        module.to("meta")
         self.names = set(module.lm.state_dict()) if isinstance(module, Policy) else None  # what the engine must receive
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
         sharding = dict(mesh=init_device_mesh(ranks.device.type, (ranks.world,)), reshard_after_forward=True,
                         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-        for layer in module.layers:
+        if isinstance(module, Policy):
+            module.lm.tie_weights()
+        for layer in module.backbone.layers:
+            if cfg.activation_checkpointing:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             fully_shard(layer, **sharding)
         fully_shard(module, **sharding)  # the root too reshards after forward: see swapped()
-        module.to(ranks.device)  # buffers; sharded parameters are there already
+        module.to_empty(device=ranks.device)
+        rotary = module.backbone.rotary_emb
+        module.backbone.rotary_emb = type(rotary)(config=rotary.config).to(ranks.device)  # its frequencies are in no checkpoint
+        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, cfg.adam_beta2), weight_decay=cfg.weight_decay)
 
     def my_micro_batches(self, samples):

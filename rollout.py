@@ -126,7 +126,7 @@ def as_response(output):
 def preserved_rng():
     """vLLM reseeds and advances the process's generators; the trainer's are put back."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
     random.setstate(python)
     np.random.set_state(numpy)

@@ -104,7 +104,7 @@ def warm_up(folder):
 
 
 def model_folder(first=True):
-    """Folder of the warmed-up model, made if missing. Ranks other than the `first` wait until it is there.
+    """Folder of the warmed-up model, made if missing by the `first` rank of each machine; its other ranks wait until it is there.
 
     The cache is keyed by the recipe, written aside and renamed, so a killed warm-up leaves nothing half done.
     """

@@ -24,6 +24,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # bad flags and --dry_run are answered here: the imports below take seconds
+    import config
+    config.preflight(sys.argv[1:])
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -33,9 +37,9 @@ import data
 import toy
 from advantage import gae, group_advantages, vtrace, whiten
 from buffer import RingBuffer
-from config import ConfigError, check, check_files, context_length, dry_run, exit_bad_input, fresh_before, parse, schedule, total_rollouts
+from config import ConfigError, context_length, exit_bad_input, fresh_before, preflight, schedule
 from distributed import gather, start
-from eval import evaluate, judge_rows, load_eval_data, reflects, summarise
+from eval import evaluate, load_eval_data, reflects, summarise
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, value_loss
 from metrics import Meter, Recorder, measure, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
@@ -48,20 +52,13 @@ GAP_BOUND = {"float32": 1e-3, "bfloat16": 5e-2}  # mean |trainer - sampler|: mea
 
 def main(argv=None):
     """Check everything that can be checked without a model, then train."""
+    cfg = preflight(sys.argv[1:] if argv is None else argv)
+    say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
     try:
-        cfg = parse(sys.argv[1:] if argv is None else argv)
-        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-        first = os.environ.get("RANK", "0") == "0"
-        if cfg.dry_run:
-            if first:
-                print(dry_run(cfg))
-            return
-        check_files(cfg)
         problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(cfg.data, cfg.problem_key, cfg.answer_key)
         held_out = load_eval_data(cfg.eval_data, cfg.data_dir) if cfg.eval_every else []
-        folder = cfg.model or toy.model_folder(first)
+        folder = cfg.model or toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
         tokenizer = data.load_tokenizer(folder)
-        say = partial(print, flush=True) if first else lambda *_: None
         problems, held_out = fit(cfg, folder, tokenizer, problems, held_out, say)
     except ValueError as error:
         exit_bad_input(error)
@@ -102,10 +99,10 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
         cfg.dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
     # the engine first: it measures what memory is free
     engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks)
-    policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens), cfg.lr, cfg, ranks)
+    policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)
     learners = {"policy": policy}
     if cfg.advantage == "gae":
-        learners["critic"] = Learner(Critic(folder), cfg.critic_lr, cfg, ranks)
+        learners["critic"] = Learner(Critic(folder, empty=not ranks.first), cfg.critic_lr, cfg, ranks)
     buffer, prompts, done = RingBuffer(cfg.window), data.PromptStream(problems, cfg.seed), 0
     snapshots = {"base": policy.snapshot()} if cfg.beta > 0 else {}
     if cfg.resume:
@@ -139,7 +136,7 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
 
     for step in range(done + 1, cfg.steps + 1):
         plan, version = schedule(cfg, step), step - 1
-        lam = kl_lambda(step, cfg.lambda_start, cfg.lambda_every, cfg.lambda_drop, cfg.lambda_floor)
+        lam = weight_of_base(cfg, step)
         with recorder.clock("step"):
             # 1 generate with pi_k
             with recorder.clock("generate"):
@@ -172,15 +169,15 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
             meter = Meter()
             with recorder.clock("update"):
                 scale = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
-                keep_previous = cfg.convex and cfg.anchor == "prev"
-                previous = policy.snapshot() if keep_previous else None
+                needed = "base" in snapshots and cfg.anchor == "prev" and weight_of_base(cfg, step + 1) < 1
+                previous = policy.snapshot() if needed else None
                 for minibatch in progress(list(minibatches(batch, plan.utd, cfg, step)), desc="updates"):
                     update(learners, minibatch, lam, version, scale, meter, cfg)
             # 7 push the fresh groups; pi_{k-1} <- pi_k; reincarnation at T
             if plan.phase == "mixed":
                 stored = [{key: sample[key] for key in STORED if key in sample} for sample in fresh]
                 buffer.push(version, [stored[i:i + cfg.group_size] for i in range(0, len(stored), cfg.group_size)])
-            if keep_previous:
+            if needed:
                 snapshots["prev"] = previous
             if step == cfg.reincarnate:
                 buffer = RingBuffer(cfg.window)  # the cached base log-probs go with it
@@ -192,7 +189,8 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
         evaluated = score(step)
         recorder.write(step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg) | {"lr": cfg.lr * scale} | evaluated)
         if step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
-            checkpoint.save(cfg.out, step, learners, snapshots, buffer, cfg.keep, ranks)
+            with recorder.clock("save"):  # counted in the next step's line: this one's must stand before its checkpoint does
+                checkpoint.save(cfg.out, step, learners, snapshots, buffer, cfg.keep, ranks)
     checkpoint.export(out / "model", policy, tokenizer, ranks)
     recorder.close()
     say(f"the trained model is in {out / 'model'}")
@@ -202,12 +200,19 @@ def open_run(cfg, done):
     """Make the run folder with config.json, or cut its records back to the checkpoint that is resumed. Rank 0 alone."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "torch": torch.__version__, "argv": sys.argv[1:]}, indent=1)
+    path = out / "config.json"
+    earlier = json.loads(path.read_text())["argv"] if path.exists() else []
+    text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "torch": torch.__version__, "argv": [*earlier, sys.argv[1:]]}, indent=1)
     aside = out / "config.json.tmp"
     aside.write_text(text)
-    aside.replace(out / "config.json")
+    aside.replace(path)
     for name in ("metrics.jsonl", "samples.jsonl"):
         truncate(out / name, done if done else -1)
+
+
+def weight_of_base(cfg, step):
+    """lambda(t)."""
+    return kl_lambda(step, cfg.lambda_start, cfg.lambda_every, cfg.lambda_drop, cfg.lambda_floor)
 
 
 def generate(engine, asked, version, cfg):

@@ -150,9 +150,11 @@ def test_samples_follow_the_policy_at_its_temperature(one, folder):
 
 def test_the_trainer_s_generators_are_left_alone(one, two):
     """Python's, numpy's and torch's states, LOCAL_WORLD_SIZE and the thread count around Engine() and generate()."""
-    assert one["untouched"] and one["untied"]["untouched"] and one["tied"]["untouched"]
+    assert one["untouched by Engine"]
+    assert one["untied"]["untouched by generate"] and one["tied"]["untouched by generate"]
     for rank in two:
-        assert all(rank[tp]["untouched"] for tp in (1, 2))
+        for tp in (1, 2):
+            assert rank[tp]["untouched by Engine"] and rank[tp]["untouched by generate"]
 
 
 # ---- seeds

@@ -71,10 +71,12 @@ def local(learner):
 
 
 def build(folder, model, cfg, ranks, critic=False):
-    learners = {"policy": Learner(Policy(folder / model, cfg.temperature, cfg.chunk_tokens), cfg.lr, cfg, ranks)}
+    policy = Policy(folder / model, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first)  # as train.py does
+    learners = {"policy": Learner(policy, cfg.lr, cfg, ranks)}
     if critic:
-        module = Critic(folder / model)
-        module.value.weight.data.copy_(value_weight(module.value.in_features))  # at 0 the backbone has no gradient
+        module = Critic(folder / model, empty=not ranks.first)
+        if ranks.first:  # who has the weights
+            module.value.weight.data.copy_(value_weight(module.value.in_features))  # at 0 the backbone has no gradient
         learners["critic"] = Learner(module, cfg.critic_lr, cfg, ranks)
     return learners
 
@@ -99,7 +101,7 @@ UPDATES = {
     "ppo": ("tied", True, 7, {}),
     "ppo, one micro-batch": ("tied", True, 7, dict(micro_tokens=10_000)),
     "grpo": ("untied", False, 7, dict(aggregate="sequence", beta=0.0)),
-    "constant": ("untied", False, 7, dict(aggregate="constant", grad_clip=100.0)),
+    "constant": ("untied", False, 7, dict(aggregate="constant", grad_clip=100.0, activation_checkpointing=True)),
     "one sample": ("tied", True, 1, {}),  # a second rank has nothing to do
 }
 
@@ -275,7 +277,7 @@ def make_engine(folder, model, tp, ranks):
     cfg, seen = config(**CHANGES | dict(tp=tp)), {}
     before = generators(), os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads()
     engine = Engine(str(folder / model), 48, cfg, ranks)
-    seen["untouched"] = before == (generators(), os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads())
+    seen["untouched by Engine"] = before == (generators(), os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads())
     seen["before the first update"] = refused(lambda: ask(engine, [0]))
     policy = build(folder, model, cfg, ranks)["policy"]
     engine.update(0, policy.full_tensors(), policy.names)
@@ -296,7 +298,7 @@ def weights_arrive(engine, policy):
     every, seen = range(len(PROMPTS)), {}
     before = generators()
     seen["responses"] = ask(engine, every)
-    seen["untouched"] = before == generators()
+    seen["untouched by generate"] = before == generators()
     seen["gap"] = gap(policy, seen["responses"], every)
     learn(policy, seen["responses"], every)
     seen["gap, stale"] = gap(policy, ask(engine, every), every)
