@@ -44,7 +44,9 @@ class Engine:
                 folder, dtype=cfg.dtype, max_model_len=max_len, seed=cfg.seed, tensor_parallel_size=cfg.tp,
                 distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", max_num_seqs=256,
                 enforce_eager=not cuda, enable_sleep_mode=cuda, gpu_memory_utilization=cfg.engine_memory,
-                kv_cache_memory_bytes=None if cuda else 1 << 30, use_tqdm_on_load=False)
+                kv_cache_memory_bytes=None if cuda else 1 << 30, max_num_batched_tokens=max(max_len, 8192),
+                enable_chunked_prefill=cuda,  # on a CPU a seeded request whose prompt is split crashes: its generator cannot rewind
+                use_tqdm_on_load=False)
         os.environ["LOCAL_WORLD_SIZE"] = local_world
         torch.set_num_threads(threads)
         self.ranks, self.tp, self.sleeps = ranks, cfg.tp, cuda
