@@ -50,7 +50,7 @@ def easy_problems(problems_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def guesser(small_model, easy_problems, tmp_path_factory):
+def guesser(small_model, easy_problems, problems_file, tmp_path_factory):
     """The small model after a moment of supervised learning: it thinks not at all or one word, then boxes a number.
 
     The number is 1, …, 4 or 1.0, …, 4.0: math-verify is needed to call 2.0 right where the answer is 2.
@@ -58,8 +58,8 @@ def guesser(small_model, easy_problems, tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("models") / "guesser", random.Random(0)
     tokenizer = data.load_tokenizer(small_model)
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
-    prompts, _ = data.encode_prompts(data.load_problems(easy_problems), tokenizer, "r1", 128)
-    prompts = sorted((problem["prompt_ids"] for problem in prompts), key=len)[:64]
+    problems = data.load_problems(easy_problems) + data.load_problems(problems_file)[:300]
+    prompts = [problem["prompt_ids"] for problem in data.encode_prompts(problems, tokenizer, "r1", 96)[0]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 160)
     for _ in range(160):
@@ -81,7 +81,7 @@ def guesser(small_model, easy_problems, tmp_path_factory):
 
 
 STEPS, WINDOW = 4, 2
-COMMON = (f"--steps {STEPS} --window {WINDOW} --minibatch 4 --max_prompt 160 --max_response 24 --lr 3e-4 "
+COMMON = (f"--steps {STEPS} --window {WINDOW} --minibatch 4 --max_prompt 160 --max_response 24 --lr 1e-4 "
           "--critic_lr 3e-4 --warmup 4 --save_every 1 --keep 10 --seed 3 --samples 1000").split()
 MIXED = "--p 0.6 --lambda_start 1 --lambda_every 1".split()  # 40 % fresh; two versions hold 80 %, of which 60 are drawn
 # algorithm: fresh and historical responses a step, lambda a step. PPO: 30 prompts; GRPO: 10 groups of 8
@@ -124,7 +124,7 @@ def test_every_algorithm_on_real_problems(real_run, algo):
     assert column["phase"] == (["mixed"] * 3 if "mix" in algo else ["on-policy"] * 3) + [
         "mixed" if algo.startswith("mix") else "on-policy"]
     assert column["lambda"] == lambdas
-    assert column["lr"] == pytest.approx([3e-4 * step / 4 for step in (1, 2, 3, 4)])
+    assert column["lr"] == pytest.approx([1e-4 * step / 4 for step in (1, 2, 3, 4)])
     for step, line in enumerate(lines, 1):
         ages = line["staleness"]
         assert len(ages) == WINDOW + 1 and ages[0] == fresh[step - 1] and sum(ages[1:]) == history[step - 1]
@@ -166,7 +166,7 @@ def test_rewards_and_lengths_are_those_of_the_texts(real_run, algo):
     folder, _, _ = real_run(algo)
     samples, lines = [json.loads(line) for line in open(folder / "samples.jsonl")], metrics_of(folder)
     plain = [s for s in samples if SAYS.fullmatch(s["response"])]
-    assert len(plain) > 0.7 * len(samples)
+    assert len(plain) > 0.6 * len(samples)
     for s in plain:
         right = s["answer"] in ("1", "2", "3", "4") and float(s["answer"]) == float(SAYS.fullmatch(s["response"])[1])
         if s["answer"].isdecimal() or not re.search(r"\d", s["answer"]):  # to read \frac42 is math-verify's work
@@ -352,7 +352,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(toy_runs):
     assert lines_of(whole)[4]["kl_prev"] > 0 and sum(lines_of(whole)[4]["staleness"][1:]) == 12
     for name in ("samples.jsonl", "model/model.safetensors", "checkpoints/step_000006/buffer.safetensors"):
         assert (half / name).read_bytes() == (whole / name).read_bytes(), name
-    assert json.loads((half / "config.json").read_text())["sources"]["prompts"] == "resumed run"
+    saved = json.loads((half / "config.json").read_text())
+    assert saved["values"]["steps"] == 6 and saved["values"]["prompts"] == 20 and "resume" in saved["sources"]["steps"]
 
 
 def test_kl_and_ratio_start_again_at_reincarnation(toy_runs):
@@ -406,7 +407,7 @@ def benchmark_dir(tmp_path_factory):
     if os.environ.get("REMIX_DATA"):
         return Path(os.environ["REMIX_DATA"])
     folder, rng = tmp_path_factory.mktemp("benchmarks"), random.Random(1)
-    rows = [{"id": f"aime24/{i}", "problem": f"Find ${rng.randint(1, 9)} + {i}$.", "answer": str(i % 5)}
+    rows = [{"id": f"aime24/{i}", "problem": f"What is ${i + rng.randint(1, 9)} - {i}$?", "answer": str(i % 5)}
             for i in range(30)]
     (folder / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -417,7 +418,7 @@ def evaluations(toy_runs, guesser, benchmark_dir, tmp_path_factory):
     """(stdout, folder) of eval.py on the trained toy model, and on a named benchmark with one rank and with two."""
     out = tmp_path_factory.mktemp("eval")
     named = ("--model", guesser, "--benchmarks", "aime24", "--data_dir", benchmark_dir, "--k", 2, "--max_prompt", 400,
-             "--max_response", 16)
+             "--max_response", 24)
     default = ("--model", toy_runs["whole"] / "model", "--k", 2, "--temperature", 1)
     with ThreadPoolExecutor(2) as pool:
         on_toy = pool.submit(launched, "eval.py", *default, "--out", out / "toy")
