@@ -166,7 +166,7 @@ def test_rewards_and_lengths_are_those_of_the_texts(real_run, algo):
     folder, _, _ = real_run(algo)
     samples, lines = [json.loads(line) for line in open(folder / "samples.jsonl")], metrics_of(folder)
     plain = [s for s in samples if SAYS.fullmatch(s["response"])]
-    assert len(plain) > 0.6 * len(samples)
+    assert len(plain) > 0.4 * len(samples)
     for s in plain:
         right = s["answer"] in ("1", "2", "3", "4") and float(s["answer"]) == float(SAYS.fullmatch(s["response"])[1])
         if s["answer"].isdecimal() or not re.search(r"\d", s["answer"]):  # to read \frac42 is math-verify's work
