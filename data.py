@@ -211,9 +211,6 @@ class PromptStream:
         self.problems, self.seed = problems, seed
         self._order = (-1, [])  # the latest epoch and its order, kept because neighbours ask for the same one
 
-    def epoch(self, position: int) -> int:
-        return position // len(self.problems)
-
     def take(self, start: int, count: int) -> list[tuple[int, dict]]:
         """(position, problem) for the positions start to start + count - 1."""
         taken = []
