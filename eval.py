@@ -33,7 +33,7 @@ def load_eval_data(name, data_dir=None):
     import toy
     if name == "toy":
         return toy.problems("test")
-    return data.load_benchmark(name, data_dir) if name in data.BENCHMARKS else data.load_problems(name)
+    return data.load_problems(name) if name.endswith((".json", ".jsonl")) else data.load_benchmark(name, data_dir)
 
 
 def evaluate(engine, judge, tokenizer, problems, version, k, temperature, max_tokens, style, seed):
