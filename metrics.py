@@ -1,6 +1,7 @@
 """What a run writes down: one strict JSON object a step, one console line, TensorBoard and Weights & Biases on request."""
 
 import contextlib
+import hashlib
 import json
 import math
 import resource
@@ -136,7 +137,9 @@ class Recorder:
                 self.tensorboard = SummaryWriter(Path(cfg.out) / "tensorboard")
             if cfg.wandb:
                 import wandb
-                self.wandb = wandb.init(project="remix", id=Path(cfg.out).name, config=vars(cfg), resume="allow")
+                out = Path(cfg.out).resolve()
+                identity = hashlib.sha256(str(out).encode()).hexdigest()[:16]  # a resumed run goes on in its own, no namesake's
+                self.wandb = wandb.init(project="remix", id=identity, name=out.name, config=vars(cfg), resume="allow" if cfg.resume else None)
 
     @contextlib.contextmanager
     def clock(self, phase):
