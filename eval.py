@@ -28,12 +28,12 @@ def reflects(text):
 
 
 def load_eval_data(name, data_dir=None):
-    """Problems of a benchmark, of the toy's held-out split ("toy"), or of a file. Raises ValueError."""
+    """Problems of a benchmark, of the toy's held-out split ("toy"), of a file, or of the hub's OWNER/NAME. Raises ValueError."""
     import data
     import toy
     if name == "toy":
         return toy.problems("test")
-    return data.load_problems(name) if name.endswith((".json", ".jsonl")) else data.load_benchmark(name, data_dir)
+    return data.load_problems(name) if "/" in name or Path(name).suffix else data.load_benchmark(name, data_dir)
 
 
 def evaluate(engine, judge, tokenizer, problems, version, k, temperature, max_tokens, style, seed):
@@ -87,10 +87,11 @@ def summarise(rows):
 
 def main(argv=None):
     import data
+    import hub
     import toy
 
     parser = argparse.ArgumentParser(prog="eval.py", description="pass@1 on math benchmarks", allow_abbrev=False)
-    parser.add_argument("--model", help="folder of a Hugging Face model; none: the embedded default")
+    parser.add_argument("--model", help="folder, or name on the hub, of a Hugging Face model; none: the embedded default")
     parser.add_argument("--benchmarks", default="toy", help="comma-separated: toy, " + ", ".join(data.BENCHMARKS))
     parser.add_argument("--k", type=int, default=1, help="samples per problem")
     parser.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0: greedy")
@@ -117,16 +118,16 @@ def main(argv=None):
         if int(os.environ.get("WORLD_SIZE", 1)) % args.tp:
             raise ConfigError(f"{os.environ['WORLD_SIZE']} ranks cannot be divided into tensor-parallel groups of --tp {args.tp}")
         check_vllm()
-        if args.model:
-            check_model(args.model, args.tp)
         if (out / "results.json").exists():
             raise ConfigError(f"{out} already holds results: choose another --out")
         problems = {name: load_eval_data(name, args.data_dir) for name in names}
-        folder = args.model or toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+        folder = hub.model_folder(args.model) if args.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+        if args.model:
+            check_model(folder, args.tp)
         tokenizer = data.load_tokenizer(folder)
         skipped = {}
         for name in names:
-            template = data.default_template(folder, tokenizer) if args.template == "auto" else args.template
+            template = data.default_template(args.model or folder, tokenizer) if args.template == "auto" else args.template
             template = "raw" if name == "toy" else template
             problems[name], skipped[name] = data.encode_prompts(problems[name], tokenizer, template, args.max_prompt)
             problems[name] = problems[name], data.STYLE_OF[template]
@@ -145,13 +146,14 @@ def main(argv=None):
 
     from distributed import start
     from reward import Judge
-    from rollout import Engine
+    from rollout import Engine, stop_tokens
 
     with Judge(args.reward_workers) as judge:
         ranks = start(args.threads)
         if args.dtype == "auto":
             args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        engine = Engine(folder, longest + max_response, args, ranks, version=0)
+        args.rollout_dtype = args.dtype
+        engine = Engine(folder, longest + max_response, args, ranks, version=0, stop=stop_tokens(tokenizer))
         scores, rows = {}, []
         for name, (encoded, style) in problems.items():
             found = evaluate(engine, judge, tokenizer, encoded, 0, args.k, args.temperature, max_response, style, args.seed)

@@ -6,6 +6,7 @@ One training step k starts at the policy π_k. Its batch holds fresh samples (i 
     Mix-PPG     L = −E_{i~ν} E_{π_{k−i}} [ min( r·A, clip(r, c − ε, c + ε)·A ) ]                        mix_ppg
     KL-Convex   L = λ(t)·KL(π_θ ‖ π_base) + (1 − λ(t))·KL(π_θ ‖ π_{k−1})                                kl_convex
                 λ(t) = max( 1 − 0.1·⌈max(t − 50, 0)/10⌉, 0.5 )                                          kl_lambda
+    TIS         w = min( π_{k−i} / μ_{k−i}, C ), the sampler's μ against the trainer's π                    tis_weight
     critic      L = ½·max( (V − R)², (clip(V, V_old − ε_v, V_old + ε_v) − R)² )                         value_loss
     ReMix       Mix-PPG − c_H·entropy + β·KL-Convex, averaged over tokens                               aggregate
 
@@ -13,6 +14,7 @@ One training step k starts at the policy π_k. Its batch holds fresh samples (i 
     log π_θ     logp             (B, T)   the policy being trained, with gradient
     log π_k     logp_old         (B, T)   the policy at the start of this training step
     log π_{k−i} logp_behavior    (B, T)   the policy that wrote the sample (= logp_old where the sample is fresh)
+    log μ_{k−i} logp_sampler     (B, T)   what the engine reported while sampling: the same weights, other rounding
     log π_base  logp_base        (B, T)   the KL anchor
     log π_{k−1} logp_prev        (B, T)   the precedent policy
     r, c        ratio, centre    (B, T)   importance ratio and clip centre
@@ -69,6 +71,19 @@ def mix_ppg(logp, logp_old, logp_behavior, advantages, clip_low=0.2, clip_high=0
         "clipped_high": ((advantages > 0) & (r > high)).to(r.dtype),
     }
     return loss, stats
+
+
+def tis_weight(logp_behavior, logp_sampler, cap=2.0):
+    """Truncated importance sampling: w = min(exp(logp_behavior − logp_sampler), cap), per token (B, T), no gradient.
+
+    The trainer takes samples of μ (the engine, in bfloat16 with other kernels) for samples of π_{k−i}; w multiplies the
+    policy loss after its clip and makes up for that, except where it would be large (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training"). Both log-probs are of the policy that wrote the sample, on
+    past samples too: what lies between π_{k−i} and π_θ is in the ratio already. Where they are equal, w = 1 and nothing
+    changes. Not part of the paper.
+    """
+    log_weight = (logp_behavior - logp_sampler).detach().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    return log_weight.exp().clamp(max=cap)  # (B, T)
 
 
 def kl(logp, logp_ref, estimator="k3"):

@@ -14,11 +14,14 @@ from config import total_rollouts
 from distributed import gather
 from loss import kl
 
+STARTED = time.perf_counter()  # of this process, but for its first imports
+
 # name -> one line of explanation; every line of metrics.jsonl has exactly these keys, null where a step has no such thing
 METRICS = {
     "step": "training step; 0 is the evaluation before training",
     "version": "completed training steps when this step's fresh responses were generated",
     "phase": "`mixed` (fresh and history), `on-policy`, or `evaluation` at step 0",
+    "epoch": "how often the training problems have been gone through when this step begins",
     "fresh_rollouts": "responses generated in this step, over all ranks",
     "total_rollouts": "responses generated for training so far, over all ranks",
     "accuracy": "share of this step's fresh responses that are right",
@@ -47,8 +50,12 @@ METRICS = {
     "lr": "learning rate of the policy",
     "gap_mean": "mean absolute difference of the log-probs by trainer and by sampler on fresh tokens: rounding if weights agree",
     "gap_max": "largest of them",
+    "tis_mean": "mean weight of truncated importance sampling, over all updates of the step; null where --tis is 0",
+    "tis_min": "smallest of them",
+    "tis_truncated_share": "share of tokens whose weight was cut to --tis",
     "reflection_rate": "share of fresh responses with at least one self-reflection keyword",
-    "eval_accuracy": "pass@1 on --eval_data after this step's updates",
+    "eval_accuracy": "pass@1 on --eval_data after this step's updates: the mean over its parts, each counting alike",
+    "eval_accuracy_by_part": "pass@1 on each part of --eval_data, by name",
     "eval_length_mean": "mean response length there (tokens)",
     "eval_truncated_share": "share of truncated responses there",
     "seconds_generate": "weight transfer, generation and gathering (s)",
@@ -88,6 +95,10 @@ class Meter:
 
 def measure(meter, samples, logp, entropy, stats, b, mask, version, cfg):
     """Per-token statistics of one micro-batch, fresh and history apart."""
+    if "tis" in stats:
+        meter.add("tis", stats["tis"], mask)
+        meter.add("tis_negative", -stats["tis"], mask)  # its maximum is the smallest weight
+        meter.add("tis_truncated_share", (stats["tis"] >= cfg.tis).float(), mask)
     meter.add("entropy", entropy, mask)
     meter.add("clip_low_share", stats["clipped_low"], mask)
     meter.add("clip_high_share", stats["clipped_high"], mask)
@@ -110,11 +121,13 @@ def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
         length_mean=sum(lengths) / len(fresh), length_max=max(lengths), truncated_share=sum(s["truncated"] for s in fresh) / len(fresh),
         unjudged_share=sum(s["reason"] not in (None, "wrong", "truncated") for s in fresh) / len(fresh),
         reflection_rate=sum(s["reflects"] for s in fresh) / len(fresh),
+        tis_mean=mean.get("tis"), tis_min=-most["tis_negative"] if "tis" in most else None,
         ratio_mean_fresh=mean.get("ratio_fresh"), ratio_max_fresh=most.get("ratio_fresh"),
         ratio_mean_history=mean.get("ratio_history"), ratio_max_history=most.get("ratio_history"),
         grad_norm=mean["policy_grad_norm"], critic_grad_norm=mean.get("critic_grad_norm"),
         staleness=[ages.count(age) for age in range(cfg.window + 1)], gap_mean=gap.mean().item(), gap_max=gap.max().item())
-    record |= {name: mean.get(name) for name in ("kl_base", "kl_prev", "clip_low_share", "clip_high_share", "entropy", "policy_loss", "value_loss")}
+    record |= {name: mean.get(name) for name in ("kl_base", "kl_prev", "clip_low_share", "clip_high_share", "entropy", "policy_loss", "value_loss",
+                                                       "tis_truncated_share")}
     record["lambda"] = lam if cfg.beta > 0 else None
     if history:
         w = torch.cat([s["logp_old"] - s["logp_behavior"] for s in history]).double().exp()  # (history tokens,)
@@ -129,6 +142,8 @@ class Recorder:
     """Writes metrics.jsonl and the console line from rank 0; keeps the clock of the step's phases on every rank."""
 
     def __init__(self, cfg, ranks):
+        self.begin = self.last = time.perf_counter()  # of the first step that this process does; of its latest record
+        self.steps, self.longest = 0, 0.0  # done by this process; the longest, evaluation and saving included (s)
         self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = cfg, ranks, {}, None, None
         if ranks.first:
             self.file = open(Path(cfg.out) / "metrics.jsonl", "a", encoding="utf-8")
@@ -157,7 +172,9 @@ class Recorder:
         record = record | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
         if "generate" in self.seconds:
             record["tokens_per_second"] = record["length_mean"] * record["fresh_rollouts"] / self.seconds["generate"]
-        self.seconds = {}
+        self.seconds, now = {}, time.perf_counter()
+        if record["step"]:
+            self.steps, self.longest, self.last = self.steps + 1, max(self.longest, now - self.last), now
         if not self.ranks.first:
             return
         cuda = self.ranks.device.type == "cuda"
@@ -166,12 +183,20 @@ class Recorder:
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        numbers |= {f"eval_accuracy/{part}": value for part, value in (line["eval_accuracy_by_part"] or {}).items()}
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, line["step"])
         if self.wandb:
             self.wandb.log(numbers, step=line["step"])
-        print(console_line(line, self.cfg.steps), flush=True)
+        left = (now - self.begin) / self.steps * (self.cfg.steps - line["step"]) if self.steps else None  # s
+        print(console_line(line, self.cfg.steps, left), flush=True)
+
+    def out_of_time(self):
+        """Whether another step as long as the longest might end later than --max_hours. A collective: rank 0's clock decides."""
+        if not self.cfg.max_hours:
+            return False
+        return gather(time.perf_counter() - STARTED + self.longest > 3600 * self.cfg.max_hours)[0]
 
     def close(self):
         if self.ranks.first:
@@ -186,8 +211,8 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def console_line(m, steps):
-    """A fixed-width line from a record of METRICS."""
+def console_line(m, steps, left=None):
+    """A fixed-width line from a record of METRICS. `left`: seconds to the end of the run, if they can be told."""
     def number(name, form):
         return "-".rjust(len(format(0.0, form))) if m[name] is None else format(m[name], form)
 
@@ -196,7 +221,15 @@ def console_line(m, steps):
         line += (f" accuracy {number('accuracy', '5.3f')} length {number('length_mean', '6.1f')} kl {number('kl_base', '7.4f')} "
                  f"ratio {number('ratio_mean_history', '6.4f')} entropy {number('entropy', '6.3f')} grad {number('grad_norm', '7.3f')} "
                  f"gap {number('gap_mean', '7.1e')} {number('seconds_step', '6.2f')} s")
+    if left:
+        line += f" eta {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}"
     return line + ("" if m["eval_accuracy"] is None else f" | eval {m['eval_accuracy']:.3f}")
+
+
+def best_evaluation(path):
+    """The highest eval_accuracy of the training steps in metrics.jsonl (a path); -inf where there is none."""
+    lines = [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
+    return max((line["eval_accuracy"] for line in lines if line["step"] and line["eval_accuracy"] is not None), default=-math.inf)
 
 
 def truncate(path, last_step):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -155,9 +155,13 @@ class Learner:
         weights = module.state_dict() if ranks.first else {}
         module.to("meta")
         self.names = set(module.lm.state_dict()) if isinstance(module, Policy) else None  # what the engine must receive
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
-        sharding = dict(mesh=init_device_mesh(ranks.device.type, (ranks.world,)), reshard_after_forward=True,
-                        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        cuda, offload = ranks.device.type == "cuda", cfg.offload_optimizer
+        # HSDP: gradients are averaged over the nodes ("replicate"), everything else stays within a node ("shard")
+        shape = (ranks.world // ranks.local_world, ranks.local_world) if cfg.hsdp else (ranks.world,)
+        sharding = dict(
+            mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]), reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32),
+            offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy())
         if isinstance(module, Policy):
             module.lm.tie_weights()
         for layer in module.backbone.layers:
@@ -165,11 +169,12 @@ class Learner:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             fully_shard(layer, **sharding)
         fully_shard(module, **sharding)  # the root too reshards after forward: see swapped()
-        module.to_empty(device=ranks.device)
+        module.to_empty(device="cpu" if offload else ranks.device)
         rotary = module.backbone.rotary_emb
         module.backbone.rotary_emb = type(rotary)(config=rotary.config).to(ranks.device)  # its frequencies are in no checkpoint
         set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, cfg.adam_beta2), weight_decay=cfg.weight_decay)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, cfg.adam_beta2), weight_decay=cfg.weight_decay,
+                                           fused=cuda or offload or None)  # no copy of the moments on a GPU; fast in host memory
 
     def my_micro_batches(self, samples):
         """This rank's micro-batches of a list of samples that every rank holds: lists of indices, as many on each rank."""
@@ -233,6 +238,10 @@ class Learner:
             frozen.copy_(kept)
 
     def full_tensors(self):
-        """Yield (Hugging Face name, full tensor) one at a time, tied heads included. A collective: all ranks, to the end."""
+        """Yield (Hugging Face name, full tensor) one at a time, tied heads included. A collective: all ranks, to the end.
+
+        Cast to the compute type, which halves what travels: these are the weights that the forward pass uses.
+        """
         for name, tensor in self.module.lm.state_dict().items():
+            tensor = tensor.to(self.ranks.device, getattr(torch, self.cfg.dtype))
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -13,8 +13,10 @@ Three things differ from handing the whole response to math-verify, which
 
 import concurrent.futures
 import functools
+import importlib
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -26,7 +28,7 @@ import time
 from typing import NamedTuple
 
 # boxed: the last \boxed{} of the response.  think: exactly one </think> (the prompt opened the tag), then the last box
-# after it.  hash: the toy task, what follows the last #, compared as text.
+# after it.  hash: the toy task, what follows the last #, compared as text.  Besides them, MODULE:FUNCTION: your own, see own().
 STYLES = ("boxed", "think", "hash")
 MAX_BOX = 4096  # characters; a longer box is no answer and not worth a parser's time (the benchmarks' longest has 204)
 START_SECONDS = 120.0  # for a worker to import math-verify: about 1 s, far more on a cold network disk
@@ -58,11 +60,13 @@ def last_box(text: str) -> str | None:
 
 def _look(response: str, answer: str | list[str], style: str) -> Verdict | dict:
     """What can be said without mathematics: a verdict, or else the request for a worker."""
-    if style not in STYLES:
-        raise ValueError(f"unknown reward style {style!r}: choose one of {', '.join(STYLES)}")
+    if style not in STYLES and ":" not in style:
+        raise ValueError(f"unknown reward style {style!r}: choose one of {', '.join(STYLES)}, or MODULE:FUNCTION")
     golds = [answer] if isinstance(answer, str) else list(answer)
     if not isinstance(response, str) or not all(isinstance(gold, str) for gold in golds):
         raise TypeError("a response must be a str, an answer a str or a list of str")
+    if ":" in style:
+        return {"function": style, "response": response, "answer": answer}
     if style == "hash":
         _, mark, final = response.rpartition("#")
         if mark and final.strip() in [gold.strip() for gold in golds]:
@@ -171,6 +175,8 @@ class Judge:
                     began = time.monotonic()
                     reply = _exchange(process, request, self.timeout)
                     if reply is not None:
+                        if "error" in reply:  # in the user's own function: no verdict on the response
+                            raise RuntimeError(f"the reward {request['function']} failed: {reply['error']}")
                         verdict = Verdict(**reply)
                         break
                     process = _end(process)
@@ -226,6 +232,24 @@ def _end(process: subprocess.Popen) -> None:
         except OSError:  # what was still buffered for a dead reader
             pass
     process.wait()
+
+
+@functools.cache
+def own(function: str):
+    """The user's reward MODULE:FUNCTION, importable from the working folder: (response, answer) -> a number, 1 for right.
+
+    It runs in the workers, under their limits of time and memory. Raises ValueError where there is no such function.
+    """
+    module, _, name = function.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(f"reward {function}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"reward {function} is no function")
+    return found
 
 
 @functools.cache
@@ -303,11 +327,24 @@ def _worker(parent: int) -> None:
         failed = all(isinstance(reading, str) for reading in prediction)
         return Verdict(0.0, "parse_failure" if failed else "wrong")
 
+    def judge_own(function: str, response: str, answer) -> dict:
+        try:
+            value = float(own(function)(response, answer))
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is no reward")
+            return Verdict(value, None if value == 1 else "wrong")._asdict()
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
     judge("0.5", [r"\frac{1}{2}"])  # fills the parser's tables, which must not count against the first response
     say(ready=True)
     for line in sys.stdin:
+        request = json.loads(line)
+        if "function" in request:
+            say(**judge_own(**request))
+            continue
         try:
-            verdict = judge(**json.loads(line))
+            verdict = judge(**request)
         except Exception:  # sympy may raise anything, MemoryError and RecursionError included
             verdict = Verdict(0.0, "parse_failure")
         say(**verdict._asdict())

@@ -27,12 +27,27 @@ def request_seed(*parts):
     return int.from_bytes(digest, "big") >> 1
 
 
+def stop_tokens(tokenizer):
+    """Ids of tokens that end a response besides eos: what the chat format puts after an assistant's turn.
+
+    Qwen2.5-Math's base models have another eos (<|endoftext|>) than their chat format (<|im_end|>), and would write on.
+    """
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False) if tokenizer.chat_template else ""
+    except Exception:  # jinja: a format that refuses this conversation
+        return []
+    ids = tokenizer(text.rpartition("!")[2], add_special_tokens=False)["input_ids"][:1]
+    return [i for i in ids if i != tokenizer.eos_token_id and getattr(tokenizer.added_tokens_decoder.get(i), "special", False)]
+
+
 class Engine:
     """One vLLM engine per rank, or per `cfg.tp` ranks. All methods are collective: every rank calls them in the same order."""
 
-    def __init__(self, folder, max_len, cfg, ranks, version=None):
+    def __init__(self, folder, max_len, cfg, ranks, version=None, stop=()):
         """`folder`: the model's shape and tokenizer. `version`: what the weights in the folder are to be taken for; None:
-        nothing is generated before the first update(). `max_len`: prompt and response together (tokens)."""
+        nothing is generated before the first update(), and the engine sleeps until then. `max_len`: prompt and response
+        together (tokens). `stop`: ids of tokens that end a response, besides eos."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         local_world, threads = os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads()
@@ -41,16 +56,19 @@ class Engine:
         cuda = ranks.device.type == "cuda"
         with preserved_rng():
             self.llm = LLM(
-                folder, dtype=cfg.dtype, max_model_len=max_len, seed=cfg.seed, tensor_parallel_size=cfg.tp,
+                folder, dtype=cfg.rollout_dtype, max_model_len=max_len, seed=cfg.seed, tensor_parallel_size=cfg.tp,
                 distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", max_num_seqs=256,
                 enforce_eager=not cuda, enable_sleep_mode=cuda, gpu_memory_utilization=cfg.engine_memory,
+                enable_prefix_caching=True,  # the responses of a group share their prompt
                 kv_cache_memory_bytes=None if cuda else 1 << 30, max_num_batched_tokens=max(max_len, 8192),
                 enable_chunked_prefill=cuda,  # on a CPU a seeded request whose prompt is split crashes: its generator cannot rewind
                 use_tqdm_on_load=False)
         os.environ["LOCAL_WORLD_SIZE"] = local_world
         torch.set_num_threads(threads)
         self.ranks, self.tp, self.sleeps = ranks, cfg.tp, cuda
-        self.version, self.asleep = version, False
+        self.version, self.asleep, self.stop = version, False, list(stop)
+        if version is None:
+            self.sleep()  # the trainer fills the memory before the first update()
 
     def update(self, version, tensors, expected):
         """Wake up with the weights of `version`. `tensors`: iterator of (name, full tensor); `expected`: set of names.
@@ -97,7 +115,7 @@ class Engine:
         engines, engine = self.ranks.world // self.tp, self.ranks.rank // self.tp
         mine = range(engine, len(prompts), engines)  # items engine, engine + engines, …
         parameters = [SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_tokens, seed=seeds[i], logprobs=0,
-                                     detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for i in mine]
+                                     stop_token_ids=self.stop, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for i in mine]
         long = len(mine) * max_tokens > 50_000  # tokens: worth a progress bar
         bar = partial(tqdm, leave=False) if long and self.ranks.first else False
         with preserved_rng():

@@ -1,9 +1,10 @@
 """Train a language model with ReMix (arXiv 2507.06892), or with one of its relatives: `--algo`.
 
-    python train.py                                                        # the embedded default, one process, a CPU is enough
-    torchrun --standalone --nproc_per_node 2 train.py --algo ppo           # the same on two ranks: every rank trains and generates
-    torchrun --nproc_per_node 8 train.py --model DIR --data problems.jsonl # real models
-    python train.py --dry_run --steps 350 --prompts 256 --reincarnate 100  # the schedule, loading nothing
+    torchrun --nproc_per_node 8 train.py --model Qwen2.5-Math-7B   # eight GPUs: every rank trains and generates
+    torchrun --nproc_per_node 8 train.py --preset paper-1.5b       # a run of the paper's table
+    python train.py                                                # the embedded default, one process, a CPU is enough
+    torchrun --nproc_per_node 2 train.py --algo ppo                # the same on two ranks, on-policy
+    python train.py --preset paper-7b --dry_run --gpus 8           # the schedule and the memory plan, loading nothing
 
 One training step k, as in the paper's algorithm box:
     1  generate B - ceil(pB) groups of responses with pi_k (vLLM holding the trainer's weights)
@@ -11,8 +12,8 @@ One training step k, as in the paper's algorithm box:
     3  draw ceil(pB) groups of pi_{k-1} ... pi_{k-N} from the buffer
     4  log-probs of the whole mixture under pi_k, pi_base and pi_{k-1}, values under the critic: no gradient
     5  advantages under pi_k
-    6  m passes over the mixture in minibatches:  Mix-PPG + beta KL-convex - c H
-    7  push the fresh groups, tagged with k;  pi_{k-1} <- pi_k
+    6  pi_{k-1} <- pi_k;  m passes over the mixture in minibatches:  Mix-PPG + beta KL-convex - c H
+    7  push the fresh groups, tagged with k
     at k = T: reincarnation. base <- the current policy, history off, utd_after passes from now on
 """
 
@@ -34,46 +35,57 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import hub
 import toy
 from advantage import gae, group_advantages, vtrace, whiten
 from buffer import RingBuffer
-from config import ConfigError, context_length, exit_bad_input, fresh_before, preflight, schedule
+from config import ConfigError, check_model, context_length, exit_bad_input, fresh_before, preflight, schedule
 from distributed import gather, start
 from eval import evaluate, load_eval_data, reflects, summarise
-from loss import aggregate, kl_convex, kl_lambda, mix_ppg, value_loss
-from metrics import Meter, Recorder, measure, step_metrics, truncate
+from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
+from metrics import Meter, Recorder, best_evaluation, measure, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
-from reward import Judge
-from rollout import Engine, request_seed
+from reward import Judge, own
+from rollout import Engine, request_seed, stop_tokens
 
 STORED = ("prompt", "response", "logp_sampler", "logp_behavior", "logp_base", "version", "prompt_index", "reward", "advantage")
-GAP_BOUND = {"float32": 1e-3, "bfloat16": 5e-2}  # mean |trainer - sampler|: measured 1e-7 and 3e-3 when weights agree
+GAP_BOUND = {True: 1e-3, False: 5e-2}  # by exact(cfg): mean |trainer - sampler|, measured 1e-7 and 3e-3 when weights agree
 
 
 def main(argv=None):
     """Check everything that can be checked without a model, then train."""
     cfg = preflight(sys.argv[1:] if argv is None else argv)
     say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
-    try:
-        problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(cfg.data, cfg.problem_key, cfg.answer_key)
-        held_out = load_eval_data(cfg.eval_data, cfg.data_dir) if cfg.eval_every else []
-        folder = cfg.model or toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+    try:  # what is quickly known to be wrong before a model is fetched
+        if cfg.reward:
+            own(cfg.reward)
+        problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(
+            cfg.data, cfg.problem_key, cfg.answer_key, cfg.data_split, say)
+        problems, held_out = data.split_held_out(problems, cfg.held_out)
+        parts = {name: held_out if name == "held_out" else load_eval_data(name, cfg.data_dir)
+                 for name in cfg.eval_data.split(",")} if cfg.eval_every else {}
+        folder = hub.model_folder(cfg.model) if cfg.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+        if cfg.model:
+            check_model(folder, cfg.tp)
         tokenizer = data.load_tokenizer(folder)
-        problems, held_out = fit(cfg, folder, tokenizer, problems, held_out, say)
+        problems, parts = fit(cfg, folder, tokenizer, problems, parts, say)
     except ValueError as error:
         exit_bad_input(error)
     with Judge(cfg.reward_workers) as judge:
         ranks = start(cfg.threads)
-        train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say)
+        train(cfg, folder, tokenizer, problems, parts, judge, ranks, say)
     dist.destroy_process_group()
 
 
-def fit(cfg, folder, tokenizer, problems, held_out, say):
-    """Choose template and style, fit lengths to the model's context, tokenise the prompts. Returns (problems, held_out)."""
+def fit(cfg, folder, tokenizer, problems, parts, say):
+    """Choose template and style, fit lengths to the model's context, tokenise the prompts. Returns (problems, parts).
+
+    problems: list of problems to train on; parts: name -> list of problems to evaluate on.
+    """
     if cfg.template == "auto":
-        cfg.template = "raw" if cfg.data == "toy" else data.default_template(folder, tokenizer)
+        cfg.template = "raw" if cfg.data == "toy" else data.default_template(cfg.model or folder, tokenizer)
     if cfg.style == "auto":
-        cfg.style = data.STYLE_OF[cfg.template]
+        cfg.style = data.template_style(cfg.template)
     context = context_length(folder)
     if context and cfg.max_prompt + cfg.max_response > context:
         if cfg.max_prompt >= context:
@@ -82,23 +94,29 @@ def fit(cfg, folder, tokenizer, problems, held_out, say):
             raise ConfigError(f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the model's context of {context} tokens")
         cfg.max_response = context - cfg.max_prompt
         cfg.sources["max_response"] = "fitted to the model's context"
-        say(f"responses are limited to {cfg.max_response} tokens: the model's context is {context}, prompts take up to {cfg.max_prompt}")
+    say(f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the model's context is {context or 'not known'}")
     problems, skipped = data.encode_prompts(problems, tokenizer, cfg.template, cfg.max_prompt)
     if skipped:
         say(f"skipped {skipped} of {skipped + len(problems)} prompts: longer than {cfg.max_prompt} tokens (--max_prompt)")
-    if held_out:
-        held_out, skipped = data.encode_prompts(held_out, tokenizer, cfg.template, cfg.max_prompt)
+    for name, part in parts.items():
+        parts[name], skipped = data.encode_prompts(part, tokenizer, cfg.template, cfg.max_prompt)
         if skipped:
-            say(f"skipped {skipped} of {skipped + len(held_out)} evaluation prompts: longer than {cfg.max_prompt} tokens")
-    return problems, held_out
+            say(f"skipped {skipped} of {len(part)} prompts of {name}: longer than {cfg.max_prompt} tokens")
+    say(f"{len(problems)} problems, template {cfg.template}, judged by {cfg.reward or cfg.style}; the model sees "
+        f"{tokenizer.decode(problems[0]['prompt_ids'])!r}")
+    return problems, parts
 
 
-def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
+def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
     """The loop. Every rank runs it; every rank holds the same buffer, draws the same history and forms the same minibatches."""
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
-    # the engine first: it measures what memory is free
-    engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks)
+    if cfg.rollout_dtype == "auto":
+        cfg.rollout_dtype = cfg.dtype
+    if cfg.tis is None:
+        cfg.tis = 0.0 if exact(cfg) else 2.0
+    # the engine first: it measures what memory is free, then sleeps while the trainer fills it
+    engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
     policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)
     learners = {"policy": policy}
     if cfg.advantage == "gae":
@@ -110,8 +128,7 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
         if latest:
             done, snapshots = checkpoint.load(latest, learners, buffer)
         say(f"resuming after step {done}")
-    if ranks.first:
-        open_run(cfg, done)
+    best = gather(open_run(cfg, done) if ranks.first else None)[0]
     recorder, out = Recorder(cfg, ranks), Path(cfg.out)
     progress = partial(tqdm, leave=False, delay=2) if ranks.first else (lambda items, **_: items)
 
@@ -124,10 +141,13 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
             return {}
         with recorder.clock("eval"):
             wake(version)
-            summary = summarise(evaluate(engine, judge, tokenizer, held_out, version, cfg.eval_k, cfg.eval_temperature,
-                                         cfg.max_response, cfg.style, cfg.seed))
+            found = {name: summarise(evaluate(engine, judge, tokenizer, part, version, cfg.eval_k, cfg.eval_temperature, cfg.max_response,
+                                              cfg.style if name in data.BENCHMARKS else cfg.reward or cfg.style, cfg.seed))
+                     for name, part in parts.items()}
             engine.sleep()
-        return {"eval_accuracy": summary["pass@1"], "eval_length_mean": summary["length_mean"], "eval_truncated_share": summary["truncated_share"]}
+        mean = {key: sum(summary[key] for summary in found.values()) / len(found) for key in ("pass@1", "length_mean", "truncated_share")}
+        return {"eval_accuracy": mean["pass@1"], "eval_accuracy_by_part": {name: summary["pass@1"] for name, summary in found.items()},
+                "eval_length_mean": mean["length_mean"], "eval_truncated_share": mean["truncated_share"]}
 
     if done == 0:
         evaluated = score(0)
@@ -146,7 +166,7 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
                 engine.sleep()
             # 2 verify, in the background
             mine = [sample | {"response": text} for sample, text in decoded(tokenizer, fresh[ranks.rank::ranks.world])]
-            pending = judge.submit([(s["response"], s["answer"], cfg.style) for s in mine if not s["truncated"]])
+            pending = judge.submit([(s["response"], s["answer"], cfg.reward or cfg.style) for s in mine if not s["truncated"]])
             # 3 draw history
             drawn = buffer.sample(plan.history, version, random.Random(f"{cfg.seed}/draw/{step}"))
             history = [dict(sample) for group in drawn for sample in group]
@@ -169,16 +189,15 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
             meter = Meter()
             with recorder.clock("update"):
                 scale = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
-                needed = "base" in snapshots and cfg.anchor == "prev" and weight_of_base(cfg, step + 1) < 1
-                previous = policy.snapshot() if needed else None
+                if "base" in snapshots and cfg.anchor == "prev" and weight_of_base(cfg, step + 1) < 1:
+                    snapshots.pop("prev", None)  # its log-probs are known: one precedent in memory, not two
+                    snapshots["prev"] = policy.snapshot()  # pi_k, before it changes: the next step's pi_{k-1}
                 for minibatch in progress(list(minibatches(batch, plan.utd, cfg, step)), desc="updates"):
                     update(learners, minibatch, lam, version, scale, meter, cfg)
-            # 7 push the fresh groups; pi_{k-1} <- pi_k; reincarnation at T
+            # 7 push the fresh groups; reincarnation at T
             if plan.phase == "mixed":
                 stored = [{key: sample[key] for key in STORED if key in sample} for sample in fresh]
                 buffer.push(version, [stored[i:i + cfg.group_size] for i in range(0, len(stored), cfg.group_size)])
-            if needed:
-                snapshots["prev"] = previous
             if step == cfg.reincarnate:
                 buffer = RingBuffer(cfg.window)  # the cached base log-probs go with it
                 if cfg.beta > 0:
@@ -187,17 +206,34 @@ def train(cfg, folder, tokenizer, problems, held_out, judge, ranks, say):
         if ranks.first:
             write_samples(out, step, tokenizer, fresh[:cfg.samples])
         evaluated = score(step)
-        recorder.write(step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg) | {"lr": cfg.lr * scale} | evaluated)
-        if step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
+        if evaluated and evaluated["eval_accuracy"] > best:
+            best = evaluated["eval_accuracy"]
+            with recorder.clock("save"):
+                checkpoint.export(out / "best", folder, policy, tokenizer, cfg, ranks)
+        recorder.write(step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg) | evaluated | {
+            "lr": cfg.lr * scale, "epoch": fresh_before(cfg, step) / len(problems)})
+        late = step < cfg.steps and recorder.out_of_time()
+        if late or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
             with recorder.clock("save"):  # counted in the next step's line: this one's must stand before its checkpoint does
                 checkpoint.save(cfg.out, step, learners, snapshots, buffer, cfg.keep, ranks)
-    checkpoint.export(out / "model", policy, tokenizer, ranks)
+        if late:
+            say(f"stopped after step {step}: the next one might end later than --max_hours {cfg.max_hours}; --resume goes on")
+            break
+    checkpoint.export(out / "model", folder, policy, tokenizer, cfg, ranks)
     recorder.close()
     say(f"the trained model is in {out / 'model'}")
 
 
+def exact(cfg):
+    """Whether trainer and engine both compute in float32, so that their log-probs differ by rounding alone."""
+    return cfg.dtype == cfg.rollout_dtype == "float32"
+
+
 def open_run(cfg, done):
-    """Make the run folder with config.json, or cut its records back to the checkpoint that is resumed. Rank 0 alone."""
+    """Make the run folder with config.json, or cut its records back to the checkpoint that is resumed. Rank 0 alone.
+
+    Returns the best evaluation among what is kept (float, -inf where there is none).
+    """
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
@@ -208,6 +244,7 @@ def open_run(cfg, done):
     aside.replace(path)
     for name in ("metrics.jsonl", "samples.jsonl"):
         truncate(out / name, done if done else -1)
+    return best_evaluation(out / "metrics.jsonl")
 
 
 def weight_of_base(cfg, step):
@@ -266,7 +303,7 @@ def frozen_log_probs(policy, batch, version, lam, snapshots, cfg, progress):
 
 def check_gap(gap, version, cfg):
     """Stop when sampler and trainer disagree by more than rounding: the engine has other weights, or another temperature."""
-    bound = cfg.max_gap or GAP_BOUND[cfg.dtype]
+    bound = cfg.max_gap or GAP_BOUND[exact(cfg)]
     if not gap <= bound:
         raise RuntimeError(f"mean |trainer - sampler| log-prob is {gap:.2e} at version {version}, above {bound:.0e} (--max_gap): "
                            "the engine's weights are not the trainer's")
@@ -314,12 +351,16 @@ def update(learners, minibatch, lam, version, scale, meter, cfg):
     tokens = sum(len(sample["response"]) for sample in minibatch)
     denominator = {"token": tokens, "sequence": len(minibatch), "constant": len(minibatch) * cfg.max_response}[cfg.aggregate]
     fields = ["logp_old", "logp_behavior", "advantages"] + [f for f in ("logp_base", "logp_prev", "values", "returns") if f in minibatch[0]]
+    fields += ["logp_sampler"] if cfg.tis else []
     for indices in policy.my_micro_batches(minibatch):
         samples = [minibatch[i] for i in indices]
         inputs, b = collate(samples, policy.ranks.device, fields)
         mask = inputs["mask"]  # (b, T)
         logp, entropy = policy.module(**inputs)
         loss, stats = mix_ppg(logp, b["logp_old"], b["logp_behavior"], b["advantages"], cfg.clip_low, cfg.clip_high)
+        if cfg.tis:
+            stats["tis"] = tis_weight(b["logp_behavior"], b["logp_sampler"], cfg.tis)  # (b, T)
+            loss = loss * stats["tis"]
         meter.add("policy_loss", loss, mask)
         if "logp_base" in b:
             loss = loss + cfg.beta * kl_convex(logp, b["logp_base"], b.get("logp_prev"), lam, cfg.kl_estimator)

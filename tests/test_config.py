@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from config import ALGORITHMS, Config, ConfigError, check, dry_run, fresh_before, parse, schedule, total_rollouts
+from config import ALGORITHMS, DEEPSCALER, PRESETS, Config, ConfigError, check, dry_run, fresh_before, parse, preflight, schedule, total_rollouts
 from conftest import command
 
 # The paper's runs: 256 prompts a step, p = 0.4, window 2. Flags, total rollouts, and what the paper prints (millions).
@@ -149,6 +149,43 @@ def test_defaults_are_the_papers():
     assert {name: getattr(cfg, name) for name in paper} == paper
 
 
+@pytest.mark.parametrize("flags, model, steps, reincarnate, rollouts", [
+    ("--preset paper-1.5b", "1.5B", 350, 100, 79_300), ("--preset paper-1.5b --algo ppo", "1.5B", 900, 0, 230_400),
+    ("--preset paper-1.5b --steps 100 --reincarnate 50", "1.5B", 100, 50, 20_450), ("--preset paper-7b", "7B", 75, 100, 11_475),
+    ("--preset paper-7b --steps 50", "7B", 50, 100, 7_650), ("--preset paper-7b --algo remix-grpo", "7B", 100, 50, 163_600)])
+def test_presets_are_the_papers_runs(flags, model, steps, reincarnate, rollouts, capsys):
+    cfg = parsed(flags)
+    assert (cfg.model, cfg.data) == (f"DeepSeek-R1-Distill-Qwen-{model}", "agentica-org/DeepScaleR-Preview-Dataset")
+    assert (cfg.prompts, cfg.steps, cfg.reincarnate, cfg.template, cfg.max_response) == (256, steps, reincarnate, "r1", 8192)
+    assert total_rollouts(cfg, steps) == rollouts and cfg.sources["model"] == f"preset {cfg.preset}"
+    with pytest.raises(SystemExit):
+        preflight([*flags.split(), "--dry_run", "--tp", "2"])  # no ranks are there yet to be divided
+    assert capsys.readouterr().out.splitlines()[-1] == f"total rollouts: {rollouts}"
+
+
+def test_preset_between_rows_and_flags():
+    cfg = parsed("--preset paper-7b --model elsewhere/DeepSeek-R1-Distill-Qwen-7B --prompts 128")
+    assert (cfg.model, cfg.prompts, cfg.steps) == ("elsewhere/DeepSeek-R1-Distill-Qwen-7B", 128, 75)
+    assert {name: cfg.sources[name] for name in ("model", "steps", "p", "template")} == dict(
+        model="flag", steps="preset paper-7b", p="algorithm remix-ppo", template="model r1-distill")
+    words = [f.metadata["help"] for f in dataclasses.fields(Config) if f.name == "preset"][0]
+    assert set(PRESETS) == {"paper-1.5b", "paper-7b"} and "--prompts 128" in words and "0.163M" in words  # what is ambiguous
+
+
+def test_config_repeats_a_run(tmp_path):
+    """All values of the file but the folder, then flags; a row of defaults would contradict it."""
+    folder = saved_run(tmp_path / "run", model="m", dtype="float32", resume=True, dry_run=True, gpus=8)
+    cfg = parsed(f"--config {folder}/config.json --lr 0.25")
+    assert (cfg.algo, cfg.p, cfg.steps, cfg.dtype, cfg.lr, cfg.model) == ("mix-ppo", 0.25, 12, "float32", 0.25, "m")
+    assert (cfg.out, cfg.resume, cfg.dry_run, cfg.gpus) == ("runs/m-mix-ppo-seed0", False, False, 0)
+    assert (cfg.sources["p"], cfg.sources["lr"]) == (f"config {folder}/config.json", "flag")
+    for flags in ("--algo grpo", "--preset paper-7b"):
+        with pytest.raises(ConfigError, match=f"{flags.split()[0]} and --config"):
+            parsed(f"--config {folder}/config.json {flags}")
+    with pytest.raises(ConfigError, match="nothing to repeat in nowhere.json"):
+        parsed("--config nowhere.json")
+
+
 def test_layers_override_each_other():
     cfg = parsed("--algo remix-grpo --prompts 24")
     expected = dict(lambda_start=(20, "model toy"),  # the model's row for all algorithms
@@ -166,7 +203,7 @@ def test_layers_override_each_other():
     ("hub/Llama", "auto", 766, 8192)])
 def test_model_rows(model, template, max_prompt, max_response):
     cfg = parse(["--model", model])
-    assert (cfg.template, cfg.max_prompt, cfg.max_response, cfg.data) == (template, max_prompt, max_response, None)
+    assert (cfg.template, cfg.max_prompt, cfg.max_response, cfg.data) == (template, max_prompt, max_response, DEEPSCALER)
     assert cfg.out == f"runs/{Path(model).name}-remix-ppo-seed0"
     assert parsed("--algo ppo --seed 7").out == "runs/toy-ppo-seed7"
 
@@ -237,6 +274,10 @@ def bad_value(flags, *words, world=1):
     bad_value("--lambda_floor 1.5", "--lambda_floor"), bad_value("--lambda_every 0", "--lambda_every", "1"),
     bad_value("--kl_estimator k4", "--kl_estimator", "k3"),
     bad_value("--anchor next", "--anchor", "prev"),
+    bad_value("--preset paper", "--preset", "paper-7b"), bad_value("--tis -1", "--tis", "0"), bad_value("--max_hours -1", "--max_hours", "0"),
+    bad_value("--rollout_dtype int8", "--rollout_dtype", "bfloat16"), bad_value("--reward exact", "--reward", "MODULE:FUNCTION"),
+    bad_value("--reward a/b.py:f", "--reward", "MODULE:FUNCTION"), bad_value("--gpus 8", "--dry_run"),
+    bad_value("--dry_run --gpus 8 --gpu_memory 0", "--gpu_memory"),
 ])
 def test_bad_values(flags, words, world):
     with pytest.raises(ConfigError) as error:
@@ -303,14 +344,17 @@ def test_bad_values_reach_the_user(refuse, monkeypatch):
     assert "--utd" in refuse("--utd", 0, "--out", "run")
 
 
-def test_only_rank_0_speaks(capfd, monkeypatch):
+def test_rank_0_speaks_first(capfd, monkeypatch):
+    """The others wait until torchrun ends them because rank 0 has ended; one that is still there found something of its own."""
     import config
     import time
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # other ranks may wait for rank 0's line
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as exit:
-        config.exit_bad_input(ConfigError("no"))
-    assert exit.value.code == 2 and capfd.readouterr().err == ""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank, said, waits in (("0", "error: no\n", []), ("3", "error on rank 3: no\n", [15])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit:
+            config.exit_bad_input(ConfigError("no"))
+        assert exit.value.code == 2 and capfd.readouterr().err == said and waited == waits
 
 
 @pytest.mark.parametrize("text, words", [
@@ -335,10 +379,31 @@ def test_bad_evaluation_data(refuse, tmp_path, small_model, monkeypatch):
     assert "--eval_data" in refuse(*common)
     assert "nowhere.jsonl" in refuse(*common, "--eval_data", "nowhere.jsonl")
     assert "--data_dir" in refuse(*common, "--eval_data", "aime24")
+    assert "--data_dir" in refuse(*common, "--eval_data", f"{tmp_path}/problems.jsonl,aime24")  # each part is looked at
+    assert "--held_out" in refuse(*common, "--eval_data", "held_out")
+    assert "--held_out" in refuse(*common, "--eval_data", "toy", "--held_out", 1)
+    assert "hold 1 of 1" in refuse(*common, "--held_out", 1)
+    assert "--eval_every" in refuse(*common[:-2], "--held_out", 1)
 
 
-def test_model_and_data_go_together(refuse, tmp_path, small_model):
-    assert "--data" in refuse("--model", small_model, "--out", "run")
+def test_bad_reward_functions(refuse, tmp_path, small_model, monkeypatch):
+    (tmp_path / "mine.py").write_text("three = 3\n")
+    common = ("--model", small_model, "--data", problems(tmp_path, FINE), "--out", "run")
+    assert "No module named 'absent'" in refuse(*common, "--reward", "absent:f")
+    assert "has no attribute 'f'" in refuse(*common, "--reward", "mine:f")
+    assert "no function" in refuse(*common, "--reward", "mine:three")
+
+
+def test_what_cannot_be_fetched(refuse, small_model, tmp_path, monkeypatch):
+    """Data sets before models: what is small is looked up first. Nothing listens at this address."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "python hub.py --data agentica-org/DeepScaleR-Preview-Dataset" in refuse("--model", "Qwen2.5-Math-7B", "--out", "run")
+    path = problems(tmp_path, FINE)
+    assert "python hub.py --model Qwen/Qwen2.5-Math-7B" in refuse("--model", "Qwen2.5-Math-7B", "--data", path, "--out", "run")
+    assert "OWNER/NAME" in refuse("--model", "unheard-of", "--data", path, "--out", "run")
+
+
+def test_model_and_data_go_together(refuse, tmp_path):
     assert "--model" in refuse("--data", problems(tmp_path, FINE), "--out", "run")
 
 
@@ -461,11 +526,14 @@ def test_long_prompts_are_skipped_once_and_the_response_fitted(tmp_path, small_m
     path = problems(tmp_path, FINE + 3 * FINE.replace("1+1", "1+1" * 100))
     cfg, said = parse(["--model", str(small_model), "--data", str(path), "--max_prompt", "120"]), []
     tokenizer, everything = data.load_tokenizer(small_model), data.load_problems(path)
-    kept, held_out = train.fit(cfg, str(small_model), tokenizer, everything, [], said.append)
-    assert [problem["id"] for problem in kept] == ["problems/0"] and held_out == []
+    kept, parts = train.fit(cfg, str(small_model), tokenizer, everything, {"all": everything}, said.append)
+    assert [problem["id"] for problem in kept] == ["problems/0"] and list(parts) == ["all"] and parts["all"] == kept
     assert len(kept[0]["prompt_ids"]) <= 120
     assert cfg.max_response == 512 - 120 and cfg.sources["max_response"] == "fitted to the model's context"
-    assert sum("skipped 3 of 4 prompts" in line for line in said) == 1
+    assert sum("skipped 3 of 4 prompts:" in line for line in said) == sum("skipped 3 of 4 prompts of all:" in line for line in said) == 1
+    assert sum("prompts take up to 120 tokens, responses up to 392; the model's context is 512" in line for line in said) == 1
+    seen = [line for line in said if "the model sees" in line]  # once, word for word
+    assert len(seen) == 1 and repr("<user>What is $1+1$? Let's think step by step") [:-1] in seen[0] and "template r1, judged by think" in seen[0]
     assert (cfg.template, cfg.style) == ("r1", "think")  # the fixture's chat format opens <think>
 
 

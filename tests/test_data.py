@@ -5,12 +5,13 @@ The benchmarks are those in $REMIX_DATA, or generated (see test_reward.py).
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -74,7 +75,9 @@ GOOD = '{"problem": "p", "answer": "1"}\n'
 
 @pytest.mark.parametrize("name, text, words", [
     ("missing.jsonl", None, ["No such file", "check the path"]),
-    ("set.parquet", "PAR1", [".jsonl", ".json"]),
+    ("set.csv", "problem,answer", [".jsonl", ".json", ".parquet", "OWNER/NAME"]),
+    ("set.parquet", "PAR1", ["no readable parquet", "get it again"]),
+    ("missing.parquet", None, ["No such file", "check the path"]),
     ("empty.jsonl", "", ["no problems", "'problem'"]),
     ("blank.jsonl", "\n \n", ["no problems"]),
     ("empty.json", " ", ["no problems"]),
@@ -119,6 +122,86 @@ def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(ValueError, match="cannot be read"):
         data.load_problems(tmp_path / "d.jsonl")
+
+
+def test_parquet_is_read_like_the_rest(tmp_path):
+    from pyarrow import Table, parquet
+    rows = [{"problem": "1+1?", "answer": "2", "id": None}, {"problem": "2+2?", "answer": "4", "id": "b"}]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "set.parquet")
+    assert data.load_problems(tmp_path / "set.parquet") == [{"id": "set/0", "problem": "1+1?", "answer": "2"},
+                                                            {"id": "b", "problem": "2+2?", "answer": "4"}]
+    parquet.write_table(Table.from_pylist([{"problem": "p", "answer": [1, 2]}, {"problem": "q", "answer": None}]), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match="bad.parquet, row 1: 'answer' must be"):  # in a file every row must be usable
+        data.load_problems(tmp_path / "bad.parquet", say=lambda line: pytest.fail(line))
+    with pytest.raises(ValueError, match=r"bad.parquet, row 0: no 'final' among its keys \['problem', 'answer'\]"):
+        data.load_problems(tmp_path / "bad.parquet", answer_key="final")
+
+
+@pytest.mark.parametrize("name, remote", [
+    ("a/set", True), ("agentica-org/DeepScaleR-Preview-Dataset", True), ("a/b/main", True), ("a/set-v1.5", True), ("a/b_c.d-1.0/x", True),
+    ("set", False), ("./a/set", False), ("../a/set", False), ("/a/set", False), ("~/set", False), ("a/b/c/d", False), ("a/set.csv", False),
+    ("a/b/set.txt", False), ("a/", False), ("a//b", False), ("a/set.jsonl", False), ("here/set", False)])
+def test_what_is_a_name_on_the_hub(tmp_path, monkeypatch, name, remote):
+    asked = []
+    monkeypatch.setattr(data.hub, "dataset_rows", lambda *given: asked.append(given) or [{"problem": "p", "answer": 1, "id": 5}])
+    monkeypatch.chdir(tmp_path)
+    write((tmp_path / "here").mkdir() or tmp_path / "here" / "set", "a file that exists is no data set of the hub")
+    if remote:
+        assert data.load_problems(name, split="test") == [{"id": "5", "problem": "p", "answer": "1"}] and asked == [(name, "test")]
+    else:
+        with pytest.raises(ValueError, match="set.jsonl: cannot be read" if "jsonl" in name else "not a .jsonl, .json or .parquet file"):
+            data.load_problems(name)
+        assert not asked
+
+
+def test_unusable_rows_of_a_hub_data_set_are_skipped_and_counted(monkeypatch):
+    good = [{"problem": "p", "answer": "1", "id": "x"}, {"problem": "q", "answer": 2, "id": "x"},
+            {"problem": "r", "answer": "3", "id": None}]
+    bad = [{"problem": "p", "answer": None}, {"problem": " ", "answer": "1"}, {"problem": "p", "answer": []}]
+    rows, said = [good[0], bad[0], good[1], bad[1], good[2], bad[2]], []
+    monkeypatch.setattr(data.hub, "dataset_rows", lambda name, split: rows)
+    problems = data.load_problems("a/b", say=said.append)
+    assert [p["id"] for p in problems] == ["x", "a/b/2", "a/b/4"] and [p["answer"] for p in problems] == ["1", "2", "3"]
+    assert said == ["skipped 3 of 6 rows of a/b (first: row 1: 'answer' must be a string, a number or a list of those, and not empty; "
+                    "it is None)"]
+    assert data.load_problems("a/b") == problems
+    rows[:] = good
+    assert len(data.load_problems("a/b", say=lambda line: pytest.fail(line))) == 3
+    rows[:] = bad
+    for keys, reason in (({}, "row 0: 'answer' must be"), ({"answer_key": "final"}, "row 0: no 'final'")):
+        with pytest.raises(ValueError, match=r"a/b: none of its 3 rows.*\['problem', 'answer'\].*--problem_key.*--answer_key.*" + reason):
+            data.load_problems("a/b", **keys)
+    rows[:] = []
+    with pytest.raises(ValueError, match="a/b: holds no problems"):
+        data.load_problems("a/b")
+
+
+@settings(max_examples=100, deadline=None)
+@example(texts=["", "a", "a"], n=1, rng=random.Random(0))  # the copies come first and do not fit
+@given(texts=st.lists(st.text(alphabet="ab", max_size=3), max_size=30), n=st.integers(-1, 32), rng=st.randoms())
+def test_held_out(texts, n, rng):
+    problems = [{"id": str(i), "problem": text, "answer": "1"} for i, text in enumerate(texts)]
+    try:
+        train, held = data.split_held_out(problems, n)
+    except ValueError as error:
+        most = max((texts.count(text) for text in texts), default=0)
+        return None if not 0 <= n < len(texts) or n < most else pytest.fail(str(error))
+    assert len(held) <= n and train and (held or n == 0)
+    assert sorted(train + held, key=lambda p: int(p["id"])) == problems
+    assert not {p["problem"] for p in train} & {p["problem"] for p in held}
+    assert len(set(texts)) < len(texts) or len(held) == n
+    assert train == [p for p in problems if p in train] and held == [p for p in problems if p in held]  # the given order
+    shuffled = rng.sample(problems, len(problems))
+    assert {p["id"] for p in data.split_held_out(shuffled, n)[1]} == {p["id"] for p in held}
+
+
+def test_held_out_is_the_same_everywhere():
+    problems = [{"problem": f"{i}+1?"} for i in range(100)]
+    assert [p["problem"] for p in data.split_held_out(problems, 3)[1]] == ["30+1?", "55+1?", "56+1?"]  # sha256's
+    assert data.split_held_out(problems, 0) == (problems, [])
+    for n in (-1, 100, 101):
+        with pytest.raises(ValueError, match=f"cannot hold {n} of 100"):
+            data.split_held_out(problems, n)
 
 
 # -- benchmarks -------------------------------------------------------------------------------------------------------
@@ -174,6 +257,45 @@ def test_templates_that_do_not_fit():
     no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
     with pytest.raises(ValueError, match="no system.*--template plain"):
         data.render("p", make_tokenizer(no_system), "qwen-math")
+
+
+def test_a_template_may_be_a_file(tmp_path):
+    chat, plain = make_tokenizer(CHAT), make_tokenizer()
+    text = write(tmp_path / "mine.txt", "\ufeff{a} Q: {problem}\nAgain: {problem}\nA:\n")
+    assert data.render("{problem} 1+1?", plain, text) == data.render("{problem} 1+1?", chat, str(text)) == (
+        "{a} Q: {problem} 1+1?\nAgain: {problem} 1+1?\nA:\n")
+    messages = [{"role": "system", "content": "be {brief}"}, {"role": "user", "content": "<{problem}>"}]
+    talk = write(tmp_path / "mine.json", json.dumps(messages))
+    assert data.render("1+1?", chat, talk) == "<|system|>be {brief}<|user|><1+1?><|assistant|>"
+    kept, _ = data.encode_prompts([{"problem": "1+1?"}], chat, str(talk), 99)
+    assert chat.decode(kept[0]["prompt_ids"]) == data.render("1+1?", chat, talk)
+    assert data.encode("1", make_tokenizer("<bos>" + CHAT, bos=True), talk).count(0) == 1  # the chat format's own
+    assert data.encode("1", make_tokenizer("<bos>" + CHAT, bos=True), text).count(0) == 1  # the tokenizer's
+    with pytest.raises(ValueError, match="--template plain"):
+        data.render("p", plain, talk)
+    styles = [data.template_style(template) for template in (*data.TEMPLATES, talk, str(text))]
+    assert styles == ["think", "boxed", "boxed", "hash", "boxed", "boxed"]
+    text.unlink()
+    assert data.render("x", plain, text).startswith("{a} Q: x")  # read once
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("none.txt", None, ["none.txt", "choose one of r1, qwen-math, plain, raw", "or a file"]),
+    ("no.txt", "Question: { problem }", ["no {problem}"]),
+    ("no.json", '[{"role": "user", "content": "problem"}]', ["no {problem}"]),
+    ("empty.json", "[]", ["no {problem}"]),
+    ("bad.json", '[{"role": "user", "content": "{problem}"]', ["malformed"]),
+    ("dict.json", '{"role": "user", "content": "{problem}"}', ["list of chat messages"]),
+    ("keys.json", '[{"role": "user", "text": "{problem}"}]', ["list of chat messages"]),
+    ("role.json", '[{"role": 1, "content": "{problem}"}]', ["list of chat messages"]),
+    ("strings.json", '["{problem}"]', ["list of chat messages"]),
+    ("latin.txt", b"\xf6 {problem}", ["UTF-8"])])
+def test_a_bad_template_file_is_one_clear_line(tmp_path, name, text, words):
+    if text is not None:
+        write(tmp_path / name, text)
+    with pytest.raises(ValueError) as caught:
+        data.render("p", make_tokenizer(CHAT), str(tmp_path / name))
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in [str(tmp_path / name), *words])
 
 
 def test_special_tokens_once():
@@ -253,5 +375,5 @@ def test_epochs_and_seeds_differ_and_processes_agree():
 
 def test_import_is_light():
     """The launcher reads problems before any rank starts: no torch, no vLLM, no transformers on import."""
-    code = "import data, sys; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    code = "import data, sys; print({'torch', 'vllm', 'transformers', 'datasets', 'huggingface_hub', 'pyarrow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loss import ESTIMATORS, MODES, aggregate, kl, kl_convex, kl_lambda, mix_ppg, value_loss
+from loss import ESTIMATORS, MODES, aggregate, kl, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
 
 F64 = torch.float64
 HYPOTHESIS = settings(deadline=None, max_examples=60)
@@ -449,3 +449,19 @@ def test_pure_modules_import_nothing_of_ours(name):
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert names <= {"torch", "math", "random"}
+
+
+# Truncated importance sampling.
+
+
+def test_tis_weight_by_hand():
+    behavior = torch.tensor([[-1.0, -1.0, -1.0, -1.0, -60.0, -1.0]], dtype=torch.float64)
+    sampler = torch.tensor([[-1.0, -1.3, -0.4, -2.0, -1.0, -90.0]], dtype=torch.float64)
+    wanted = torch.tensor([[1.0, math.exp(0.3), math.exp(-0.6), 2.0, math.exp(-20.0), 2.0]], dtype=torch.float64)
+    torch.testing.assert_close(tis_weight(behavior, sampler), wanted)  # cap 2: e^1 and e^20 are cut
+    torch.testing.assert_close(tis_weight(behavior, sampler, cap=1.1).max(), torch.tensor(1.1, dtype=torch.float64))
+
+
+def test_tis_weight_has_no_gradient():
+    behavior = torch.zeros(2, 3, requires_grad=True)
+    assert not tis_weight(behavior, torch.ones(2, 3)).requires_grad

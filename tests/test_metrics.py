@@ -121,7 +121,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 def test_clock_and_machine_metrics(tmp_path, monkeypatch):
     """Phases add up within a step and start again at the next: 10.5 tokens x 4 in 1.5 + 2 seconds. 3 GiB in KiB."""
-    ticks = iter([0.0, 100.0, 101.5, 200.0, 202.0, 202.0, 202.25, 300.0, 310.0, 310.0, 320.0, 7.0])
+    ticks = iter([0.0, 0.0, 100.0, 101.5, 200.0, 202.0, 202.0, 202.25, 300.0, 310.0, 310.0, 320.0, 7.0, 8.0, 9.0])  # the first when the recorder begins, the last two when it writes
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(metrics.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
     record = recorder(tmp_path)
@@ -153,6 +153,36 @@ def test_console_line():
     assert without.endswith(" | eval 0.500") and len(without) == len(shown) + len(" | eval 0.500")  # columns stay
     start = empty | dict(step=0, phase="evaluation", total_rollouts=0, eval_accuracy=0.125)
     assert console_line(start, 9).endswith("| eval 0.125")
+    assert console_line(line, 9, 3 * 3600 + 5 * 60 + 7).endswith("3.50 s eta 3:05:07") and "eta" not in console_line(line, 9, 0.0)
+
+
+def test_time_that_is_left(tmp_path, monkeypatch, capsys):
+    """Steps that end at 10, 16 and 30 s: 10 s a step on the mean, 14 the longest; the process is 100 s older than its recorder."""
+    clock = iter([0.0, 10.0, 16.0, 30.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metrics, "STARTED", -100.0)
+    cfg = SimpleNamespace(out=tmp_path, steps=5, tensorboard=False, wandb=False, max_hours=0.0)
+    recorder = Recorder(cfg, FIRST)
+    for step in (1, 2, 3):
+        recorder.write(RECORD | dict(step=step, eval_accuracy=None))
+    assert [line.rpartition("eta ")[2] for line in capsys.readouterr().out.splitlines()] == ["0:00:40", "0:00:24", "0:00:20"]
+    assert not recorder.out_of_time()  # no limit: the clock is not even read
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: 30.0)
+    for seconds, late in ((144.1, False), (143.9, True)):
+        cfg.max_hours = seconds / 3600
+        assert recorder.out_of_time() == late
+    monkeypatch.setattr(metrics, "gather", lambda ours: [not ours, ours])
+    assert not recorder.out_of_time()  # rank 0 decides
+    recorder.close()
+
+
+def test_best_evaluation(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.best_evaluation(path) == -math.inf
+    path.write_text('{"step": 0, "eval_accuracy": 0.9}\n{"step": 1, "eval_accuracy": null}\n')
+    assert metrics.best_evaluation(path) == -math.inf  # what was there before training is not the run's
+    path.write_text(path.read_text() + '{"step": 2, "eval_accuracy": 0.4}\n{"step": 3, "eval_accuracy": 0.3}\n')
+    assert metrics.best_evaluation(path) == 0.4
 
 
 def test_truncate(tmp_path):
@@ -193,7 +223,7 @@ def sample(version, tokens, reward, prompt_index, **more):
     columns = dict(logp_old=OLD, logp_behavior=BEHAVIOR, logp_base=BASE, logp_prev=PREV, advantages=ADVANTAGE)
     return {name: torch.tensor([TOKENS[t][column] for t in tokens]) for name, column in columns.items()} | dict(
         version=version, prompt=torch.tensor([3] * (prompt_index % 3 + 1)), response=torch.tensor(tokens),
-        reward=reward, prompt_index=prompt_index, logp_sampler=torch.tensor([TOKENS[t][OLD] - 0.01 for t in tokens]),
+        reward=reward, prompt_index=prompt_index, logp_sampler=torch.tensor([TOKENS[t][OLD] + SAMPLER for t in tokens]),
         values=torch.tensor([VALUES[t] for t in tokens]), returns=torch.tensor([RETURNS[t] for t in tokens]), **more)
 
 
@@ -259,6 +289,14 @@ def ppg(t):
     return -min(r * a, min(max(r, c - 0.2), c + 0.2) * a)
 
 
+SAMPLER = -0.01  # what the engine reported, less log pi_k
+
+
+def tis(t, cap):
+    """Of the policy that wrote the token: on history (14 to 17) pi_k is not in it."""
+    return min(math.exp(TOKENS[t][BEHAVIOR] - (TOKENS[t][OLD] + SAMPLER)), cap)
+
+
 def value_loss(t):
     clipped = min(max(NOW[t], VALUES[t] - 0.5), VALUES[t] + 0.5)
     return max((NOW[t] - RETURNS[t]) ** 2, (clipped - RETURNS[t]) ** 2) / 2
@@ -281,11 +319,13 @@ def by_hand():
         ratio_mean_fresh=mean(ratio(t) for t in (10, 11, 12, 13)), ratio_max_fresh=math.exp(0.5),
         ratio_mean_history=mean(ratio(t) for t in (14, 15, 16, 17)), ratio_max_history=math.exp(0.6),
         clip_low_share=2 / 8, clip_high_share=2 / 8, ess=sum(weights) ** 2 / (4 * sum(w * w for w in weights)),
-        entropy=mean(row[ENTROPY] for row in TOKENS.values()), policy_loss=mean(map(ppg, TOKENS)),
+        entropy=mean(row[ENTROPY] for row in TOKENS.values()), policy_loss=mean(ppg(t) * tis(t, CAP) for t in TOKENS),
+        tis_mean=mean(tis(t, CAP) for t in TOKENS), tis_min=tis(14, CAP), tis_truncated_share=1 / 8,
         value_loss=mean(map(value_loss, TOKENS)), grad_norm=2.0, critic_grad_norm=5.0, gap_mean=0.02, gap_max=0.05,
         explained_variance=1 - statistics.variance(errors) / statistics.variance(RETURNS.values()), **{"lambda": 0.7})
 
 
+CAP = 1.5  # token 15 has e^0.71
 PLAN = Plan(6, "mixed", 2, 2, 1, 2)
 
 
@@ -299,13 +339,13 @@ def measured(cfg, minibatches, **norms):
 
 
 def test_every_metric_of_a_step_by_hand():
-    cfg = config("--prompts 4 --p 0.5")
+    cfg = config(f"--prompts 4 --p 0.5 --tis {CAP}")
     expected = by_hand()
     assert len({expected[name] for name in expected if name not in ("staleness", "phase")}) > 15  # all distinct
     wanted = {name: pytest.approx(x, rel=1e-5) if isinstance(x, float) else x for name, x in expected.items()}
     assert measured(cfg, [[0, 1, 2, 3]], policy=(2.0,), critic=(5.0,)) == wanted
     assert measured(cfg, [[0, 2], [3, 1]], policy=(1.5, 2.5), critic=(4.0, 6.0)) == wanted  # the mean is over tokens
-    elsewhere = {"lr", "tokens_per_second", "memory_peak_gib"}  # test_train.py and the clock's test above
+    elsewhere = {"epoch", "lr", "tokens_per_second", "memory_peak_gib"}  # test_train.py and the clock's test above
     assert set(METRICS) - set(expected) == elsewhere | {n for n in METRICS if n.startswith(("eval_", "seconds_"))}
 
 
@@ -318,7 +358,7 @@ def test_what_does_not_exist_is_null():
     train.update(made, fresh, 1.0, VERSION, 1.0, meter, cfg)
     record = step_metrics(6, Plan(6, "on-policy", 2, 0, 1, 1), 1.0, fresh, [], fresh, torch.zeros(4), meter, cfg)
     absent = ("kl_base", "kl_prev", "ratio_mean_history", "ratio_max_history", "ess", "explained_variance",
-              "value_loss", "critic_grad_norm", "lambda")
+              "value_loss", "critic_grad_norm", "lambda", "tis_mean", "tis_min", "tis_truncated_share")
     assert {name: record.get(name) for name in absent} == dict.fromkeys(absent)
     assert record["ratio_mean_fresh"] == pytest.approx(mean(ratio(t) for t in (10, 11, 12, 13)))
     assert record["staleness"] == [2, 0, 0]
@@ -375,9 +415,10 @@ def test_verdicts_are_collected_in_order():
 
 @pytest.mark.parametrize("gap, values, fine", [
     (9e-4, {}, True), (1.1e-3, {}, False), (math.nan, {}, False), (0.04, dict(dtype="bfloat16"), True),
-    (0.06, dict(dtype="bfloat16"), False), (0.06, dict(max_gap=0.1), True), (1e-4, dict(max_gap=1e-5), False)])
+    (0.04, dict(rollout_dtype="bfloat16"), True), (0.06, dict(dtype="bfloat16", rollout_dtype="bfloat16"), False),
+    (0.06, dict(max_gap=0.1), True), (1e-4, dict(max_gap=1e-5), False)])
 def test_the_gap_alarm(gap, values, fine):
-    cfg = Config(**dict(dtype="float32") | values)
+    cfg = Config(**dict(dtype="float32", rollout_dtype="float32") | values)
     with contextlib.nullcontext() if fine else pytest.raises(RuntimeError, match="version 4"):
         train.check_gap(gap, 4, cfg)
 
@@ -402,6 +443,7 @@ def total_loss(logp, lam, cfg, weight):
         surrogate = -min(r * row[ADVANTAGE], min(max(r, c - cfg.clip_low), c + cfg.clip_high) * row[ADVANTAGE])
         x, y = logp[t] - row[BASE], logp[t] - row[PREV]
         divergence = lam * (math.exp(-x) + x - 1) + (1 - lam) * (math.exp(-y) + y - 1)
+        surrogate *= tis(t, cfg.tis) if cfg.tis else 1
         loss += weight[t] * (surrogate + cfg.beta * divergence - cfg.entropy * row[ENTROPY])
     return loss
 
@@ -410,10 +452,10 @@ def total_loss(logp, lam, cfg, weight):
     ("token", dict.fromkeys(TOKENS, 1 / 8)),
     ("sequence", {t: 1 / 4 / length for t, length in zip(TOKENS, (3, 3, 3, 1, 2, 2, 2, 2))}),
     ("constant", dict.fromkeys(TOKENS, 1 / (4 * 50)))])
-@pytest.mark.parametrize("micro", [[[0, 1, 2, 3]], [[2], [3, 0], [1], []]])
-def test_gradient_of_an_update(aggregate, weight, micro):
-    """Finite differences of the loss by hand, for each way to aggregate, whatever the micro-batches."""
-    cfg, samples = config(f"--aggregate {aggregate} --max_response 50 --clip_high 0.3"), sum(batch_by_hand(), [])
+@pytest.mark.parametrize("micro, cap", [([[0, 1, 2, 3]], 0), ([[2], [3, 0], [1], []], 0), ([[2], [3, 0], [1], []], CAP)])
+def test_gradient_of_an_update(aggregate, weight, micro, cap):
+    """Finite differences of the loss by hand, for each way to aggregate, whatever the micro-batches, with and without TIS."""
+    cfg, samples = config(f"--aggregate {aggregate} --max_response 50 --clip_high 0.3 --tis {cap}"), sum(batch_by_hand(), [])
     by_logp, by_entropy, _ = gradients(cfg, samples, micro=micro)
     logp, step = {t: row[NEW] for t, row in TOKENS.items()}, 1e-5
     for t in TOKENS:

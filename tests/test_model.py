@@ -390,6 +390,22 @@ def test_export(seen, folder, world, model):
     assert tied == (model == "tied")
     assert AutoTokenizer.from_pretrained(folder / f"exported-{model}-{world}").encode("1+2=")
     assert not (folder / f"exported-{model}-{world}.tmp").exists()
+    generation = [(folder / name / "generation_config.json").read_text() for name in (model, f"exported-{model}-{world}")]
+    assert generation[0] == generation[1] and exported.dtype == torch.float32
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_export_in_the_type_of_training(seen, folder, world):
+    """bfloat16: half the size, and the weights that the forward pass of training used: its log-probs, but for kernels."""
+    path, found = folder / f"exported-bfloat16-{world}", seen[world][0]["exported_in_bfloat16"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    assert model.dtype == torch.bfloat16 and json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
+    weights = dict(model.named_parameters())
+    assert weights.keys() == found["masters"].keys()
+    for name, master in found["masters"].items():
+        assert master.dtype == torch.float32 and torch.equal(weights[name], master.bfloat16())
+    gaps = [naive(model, s, 0.7)[0] - logp for s, logp in zip(torch.load(folder / "samples-tied.pt"), found["logp"])]
+    assert torch.cat(gaps).abs().mean() < 0.02
 
 
 # ---- checkpoints

@@ -78,9 +78,22 @@ def test_alarms(one):
 def test_order_of_calls_around_sleep(one):
     """Memory for the weights, the weights, then the cache, before anything is generated; no wake-up without weights."""
     wake = ["wake ['weights']", "reload_weights ['a', 'b']", "reset cache", "wake ['kv_cache']", "generate"]
-    awake = [call for call in wake if not call.startswith("wake")]
-    assert one["sleeping"]["calls"] == [*awake, "sleep 2", *wake, "sleep 2", *wake]
+    assert one["sleeping"]["calls"] == ["sleep 2", *wake, "sleep 2", *wake, "sleep 2", *wake]
+    assert one["put to sleep"] == 1  # from the start: the trainer fills the memory before the first update
     assert all("asleep" in message for message in one["sleeping"]["asleep"])
+
+
+def test_the_exported_model_in_a_new_engine(one):
+    """What train.py saved, loaded by vLLM from its folder: the log-probs of training; in bfloat16, rounding shows."""
+    assert one["exported"]["gap"] < 1e-4 < 1e-3 < one["exported"]["gap, bfloat16"] < 0.3
+
+
+def test_stop_tokens_end_a_response(one):
+    """Besides eos (1), the token 9 was given: it is part of the response, which does not count as truncated."""
+    ends = [r["response"][-1].item() for r in one["exported"]["stopping"]]
+    assert ends.count(9) > 2
+    for r, end in zip(one["exported"]["stopping"], ends):
+        assert not {1, 9} & set(r["response"][:-1].tolist()) and r["truncated"] == (end not in (1, 9))
 
 
 # ---- samples

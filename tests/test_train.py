@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import socket
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -292,6 +293,83 @@ def test_reincarnation_empties_the_buffer(real_run):
     assert [list(held(folder, step)) for step in (1, 2, 3, 4)] == [[0], [0, 1], [], []]
 
 
+# A user's own template, reward, held-out problems and benchmark, in bfloat16; then again from its config.json.
+
+@pytest.fixture(scope="module")
+def own_run(guesser, easy_problems, benchmark_dir, tmp_path_factory):
+    """(folder of the run, folder of its repetition, their output)."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "mine.py").write_text("def even(response, answer):\n    return 1 if len(response) % 2 == 0 else 0.25\n")
+    (folder / "chat.json").write_text('[{"role": "user", "content": "My way. {problem}"}]')
+    flags = ("--algo ppo --steps 3 --prompts 12 --minibatch 6 --max_prompt 200 --max_response 24 --lr 3e-4 --critic_lr 3e-4 --samples 1000 "
+             "--dtype bfloat16 --held_out 10 --eval_every 1 --eval_k 2 --save_every 1 --keep 10 --eval_data held_out,aime24").split()
+    flags += ["--model", guesser, "--data", easy_problems, "--data_dir", benchmark_dir, "--template", folder / "chat.json"]
+    env = {"PYTHONPATH": str(folder)}
+    first = launched("train.py", *flags, "--reward", "mine:even", "--out", folder / "run", ranks=2, env=env)
+    again = launched("train.py", "--config", folder / "run" / "config.json", "--max_hours", 1e-4, "--out", folder / "again", ranks=2, env=env)
+    return folder / "run", folder / "again", first, again
+
+
+def test_own_template_and_reward(own_run):
+    folder, _, stdout, _ = own_run
+    samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    assert all(s["prompt"].startswith("<user>My way. ") for s in samples) and len({s["prompt"] for s in samples}) > 20
+    shown = [line for line in stdout.splitlines() if "the model sees" in line]
+    assert len(shown) == 1 and "'<user>My way. " in shown[0] and "judged by mine:even" in shown[0]
+    for line in metrics_of(folder)[1:]:
+        now = [s for s in samples if s["step"] == line["step"]]
+        for s in now:
+            wanted = 0 if s["reason"] == "truncated" else 1 if len(s["response"]) % 2 == 0 else 0.25
+            assert s["reward"] == wanted, s
+        assert line["reward"] == pytest.approx(statistics.mean(s["reward"] for s in now))
+        assert line["accuracy"] == pytest.approx(statistics.mean(s["reward"] == 1 for s in now))
+    assert {s["reward"] for s in samples} >= {0.25, 1}
+
+
+def test_evaluation_in_parts(own_run, easy_problems):
+    """Held-out problems, which are not trained on, by the run's own reward; a benchmark always by math."""
+    folder, _, stdout, _ = own_run
+    lines = metrics_of(folder)
+    for line in lines:
+        parts = line["eval_accuracy_by_part"]
+        assert list(parts) == ["held_out", "aime24"] and line["eval_accuracy"] == pytest.approx(sum(parts.values()) / 2)
+        assert parts["held_out"] > 0.24 > parts["aime24"]  # the own reward gives 0.25 at least to what ends in time
+    held_out = {p["problem"] for p in data.split_held_out(data.load_problems(easy_problems), 10)[1]}
+    asked = {json.loads(line)["prompt"] for line in open(folder / "samples.jsonl")}
+    assert len(held_out) == 10 and not any(prompt.startswith(f"<user>My way. {text}<") for prompt in asked for text in held_out)
+    n = int(re.search(r"^(\d+) problems, template", stdout, re.M)[1])  # some prompts were too long
+    assert 24 < n <= len(data.load_problems(easy_problems)) - 10
+    assert [line["epoch"] for line in lines[1:]] == pytest.approx([0, 12 / n, 24 / n])
+
+
+def test_the_best_model_is_kept(own_run, tmp_path):
+    """best/ is the policy of the step with the highest score; here and in model/ in bfloat16, as trained."""
+    folder, _, _, _ = own_run
+    scores = {line["step"]: line["eval_accuracy"] for line in metrics_of(folder) if line["step"]}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    for name, step in (("best", best), ("model", 3)):
+        exported, policy = load_file(folder / name / "model.safetensors"), policy_weights(shards(folder, step, tmp_path))
+        assert exported and all(torch.equal(tensor, policy[key].bfloat16()) for key, tensor in exported.items())
+
+
+def test_importance_sampling_is_on_in_bfloat16(own_run, real_run):
+    folder, _, _, _ = own_run
+    saved = json.loads((folder / "config.json").read_text())["values"]
+    assert (saved["tis"], saved["dtype"], saved["rollout_dtype"]) == (2.0, "bfloat16", "bfloat16")
+    for line in metrics_of(folder)[1:]:
+        assert 1e-5 < line["gap_mean"] < 0.05 and abs(line["tis_mean"] - 1) < 0.05
+        assert 0 < line["tis_min"] < 1 and 0 <= line["tis_truncated_share"] < 0.05
+    assert metrics_of(real_run("ppo")[0])[0]["tis_mean"] is None  # float32: off
+
+
+def test_a_run_repeated_from_its_config(own_run):
+    """To the bit, with the reward, template and data of the file; --max_hours lets it do no second step."""
+    folder, again, _, stdout = own_run
+    assert lines_of(again) == lines_of(folder)[:2]
+    assert "stopped after step 1" in stdout and "--resume" in stdout
+    assert (again / "model" / "model.safetensors").exists() and (again / "checkpoints" / "step_000001").is_dir()
+
+
 # The embedded default: the same run again, interrupted, on other ranks, with another seed.
 
 TOY = ("--algo remix-ppo --prompts 20 --p 0.6 --window 2 --minibatch 8 --reincarnate 4 --lambda_start 1 "
@@ -304,8 +382,8 @@ def toy_runs(tmp_path_factory):
     toy.model_folder()
     folder = tmp_path_factory.mktemp("toy")
 
-    def run(name, *flags, ranks=None):
-        launched("train.py", *TOY, "--out", folder / name, *flags, ranks=ranks)
+    def run(name, *flags, **how):
+        launched("train.py", *TOY, "--out", folder / name, *flags, **how)
         return folder / name
 
     def interrupted():
@@ -320,8 +398,14 @@ def toy_runs(tmp_path_factory):
         whole, half = pool.submit(run, "whole", "--steps", 6), pool.submit(interrupted)
         other = pool.submit(run, "other", "--steps", 1, "--seed", 1)
         runs = dict(whole=whole.result(), half=half.result(), other=other.result())
-    runs["two"] = run("two", "--steps", 3, "--micro_tokens", 150, ranks=2)
-    return runs
+    runs["two"] = run("two", "--steps", 3, "--micro_tokens", 150, "--offload_optimizer", ranks=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = ["--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port), "--node_rank"]
+    with ThreadPoolExecutor(2) as pool:  # two machines of two ranks each, sharded within, replicated across
+        list(pool.map(lambda node: run("four", "--steps", 3, "--hsdp", launcher=[*several, str(node)]), (0, 1)))
+    return runs | dict(four=folder / "four")
 
 
 def lines_of(folder):
@@ -362,20 +446,22 @@ def test_kl_and_ratio_start_again_at_reincarnation(toy_runs):
     assert kl[3] > 5 * kl[4] > 0
 
 
-def test_two_ranks_and_small_micro_batches_train_alike(toy_runs):
-    """Three whole steps, history included: the same responses, the same numbers to rounding."""
-    one, two = lines_of(toy_runs["whole"])[:4], lines_of(toy_runs["two"])
+@pytest.mark.parametrize("name", ["two", "four"])
+def test_ranks_nodes_and_micro_batches_train_alike(toy_runs, name):
+    """Three whole steps, history included: the same responses, the same numbers to rounding. `two`: two ranks, small
+    micro-batches, the optimiser in host memory; `four`: four ranks, HSDP on two nodes of two."""
+    one, two = lines_of(toy_runs["whole"])[:4], lines_of(toy_runs[name])
     assert [line["step"] for line in two] == [0, 1, 2, 3]
     exact = ("step", "version", "phase", "total_rollouts", "accuracy", "reward", "length_mean", "length_max",
              "staleness", "lambda", "eval_accuracy", "eval_length_mean", "truncated_share", "clip_low_share",
              "clip_high_share")
     for a, b in zip(one, two):
-        assert {name: a[name] for name in exact} == {name: b[name] for name in exact}
-        for name in a:
-            assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-4, (name, a[name], b[name])
-    one, two = ((toy_runs[name] / "samples.jsonl").read_text() for name in ("whole", "two"))
+        assert {key: a[key] for key in exact} == {key: b[key] for key in exact}
+        for key in a:
+            assert a[key] == b[key] or abs(a[key] - b[key]) < 1e-4, (key, a[key], b[key])
+    one, two = ((toy_runs[run] / "samples.jsonl").read_text() for run in ("whole", name))
     assert two and one.startswith(two)
-    a, b = (load_file(toy_runs[name] / "checkpoints/step_000003/buffer.safetensors") for name in ("whole", "two"))
+    a, b = (load_file(toy_runs[run] / "checkpoints/step_000003/buffer.safetensors") for run in ("whole", name))
     assert a.keys() == b.keys() and all(torch.allclose(a[key].float(), b[key].float(), atol=1e-4) for key in a)
 
 
@@ -389,6 +475,7 @@ def test_evaluation_during_training(toy_runs):
         assert right == pytest.approx(round(right)) and 0.1 < line["eval_accuracy"] < 0.6
         assert 5 < line["eval_length_mean"] < 40 and 0 <= line["eval_truncated_share"] < 0.2
     assert start["eval_length_mean"] != end["eval_length_mean"]
+    assert (toy_runs["whole"] / "best" / "model.safetensors").exists()
     last = lines_of(toy_runs["other"])[-1]  # evaluated for being the last
     assert last["step"] == 1 and last["eval_accuracy"] is not None
 

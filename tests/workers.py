@@ -45,7 +45,7 @@ def tiny_model(folder, tied):
 
 def config(**changes):
     cfg = parse([])
-    values = dict(dtype="float32", temperature=0.7, chunk_tokens=5, micro_tokens=12, lr=1e-2, critic_lr=3e-2,
+    values = dict(dtype="float32", rollout_dtype="float32", temperature=0.7, chunk_tokens=5, micro_tokens=12, lr=1e-2, critic_lr=3e-2,
                   weight_decay=0.1, adam_beta2=0.95, grad_clip=0.05, beta=0.1, entropy=0.02, aggregate="token",
                   max_response=9, kl_estimator="k3", value_clip=0.5, clip_low=0.2, clip_high=0.3)
     for name, value in (values | changes).items():
@@ -102,6 +102,7 @@ UPDATES = {
     "ppo, one micro-batch": ("tied", True, 7, dict(micro_tokens=10_000)),
     "grpo": ("untied", False, 7, dict(aggregate="sequence", beta=0.0)),
     "constant": ("untied", False, 7, dict(aggregate="constant", grad_clip=100.0, activation_checkpointing=True)),
+    "in host memory, HSDP": ("tied", True, 7, dict(offload_optimizer=True, hsdp=True)),
     "one sample": ("tied", True, 1, {}),  # a second rank has nothing to do
 }
 
@@ -189,9 +190,19 @@ def snapshots(folder, ranks):
         found["frozen_kept"] = all(torch.equal(a, b.to_local()) for n in held for a, b in zip(frozen[n], held[n]))
         found["nothing"] = policy.predict([])
         for _ in range(2):  # the second over the first
-            checkpoint.export(folder / f"exported-{model}-{ranks.world}", policy, make_tokenizer(), ranks)
+            checkpoint.export(folder / f"exported-{model}-{ranks.world}", folder / model, policy, make_tokenizer(), cfg, ranks)
         seen[model] = found
     return seen
+
+
+def exported_in_bfloat16(folder, ranks):
+    """The policy computing in bfloat16 after an update, its log-probs, and the model that it was saved as."""
+    samples, cfg = torch.load(folder / "samples-tied.pt"), config(dtype="bfloat16", micro_tokens=10_000)
+    learners = build(folder, "tied", cfg, ranks)
+    train.update(learners, samples, LAM, VERSION, 1.0, Meter(), cfg)
+    checkpoint.export(folder / f"exported-bfloat16-{ranks.world}", folder / "tied", learners["policy"], make_tokenizer(), cfg, ranks)
+    masters = full(learners["policy"].module.lm.named_parameters())
+    return dict(logp=learners["policy"].predict(samples), masters=masters)
 
 
 def history(samples):
@@ -237,7 +248,7 @@ def checkpoints(folder, ranks):
 
 
 def learner(folder, ranks):
-    return {job.__name__: job(folder, ranks) for job in (updates, broken_update, snapshots, checkpoints)}
+    return {job.__name__: job(folder, ranks) for job in (updates, broken_update, snapshots, exported_in_bfloat16, checkpoints)}
 
 
 # The real vLLM engine
@@ -276,7 +287,14 @@ def make_engine(folder, model, tp, ranks):
     """An engine that has the policy's weights as version 0, the policy, and what happened on the way."""
     cfg, seen = config(**CHANGES | dict(tp=tp)), {}
     before = generators(), os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads()
+    sleep, seen["put to sleep"] = Engine.sleep, 0
+
+    def counted(engine):
+        seen["put to sleep"] += 1
+        sleep(engine)
+    Engine.sleep = counted
     engine = Engine(str(folder / model), 48, cfg, ranks)
+    Engine.sleep = sleep
     seen["untouched by Engine"] = before == (generators(), os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads())
     seen["before the first update"] = refused(lambda: ask(engine, [0]))
     policy = build(folder, model, cfg, ranks)["policy"]
@@ -355,6 +373,7 @@ def sleeping(engine):
     """Order of calls around a sleep, as on a GPU."""
     real, seen, pairs = (engine.llm, engine.sleeps), {}, [("a", torch.zeros(1)), ("b", torch.zeros(1))]
     engine.llm, engine.sleeps = RecordingLLM(), True
+    engine.sleep()  # what its constructor does where a trainer follows
     for version in (4, 5):
         engine.update(version, iter(pairs), {"a", "b"})
         ask(engine, [0, 1], version=version)
@@ -391,6 +410,20 @@ def engine_one(folder, ranks):
     seen["sleeping"], seen["seed"] = sleeping(engine), request_seed(0, 1, "a", 3)
     engine, policy, _ = make_engine(folder, "tied", 1, ranks)
     seen["tied"] = weights_arrive(engine, policy)
+    seen["exported"] = exported(folder, policy, ranks)
+    return seen
+
+
+def exported(folder, policy, ranks):
+    """Gap between the trained policy and a new vLLM engine on the model that it was saved as; then one in bfloat16."""
+    checkpoint.export(folder / "exported", folder / "tied", policy, make_tokenizer(), policy.cfg, ranks)
+    cfg, seen = config(**CHANGES), {}
+    engine = Engine(str(folder / "exported"), 48, cfg, ranks, version=0)
+    seen["gap"] = gap(policy, ask(engine, range(12)), range(12))
+    rough = Engine(str(folder / "exported"), 48, config(**CHANGES | dict(rollout_dtype="bfloat16")), ranks, version=0)
+    seen["gap, bfloat16"] = gap(policy, ask(rough, range(12)), range(12))
+    stopping = Engine(str(folder / "exported"), 48, cfg, ranks, version=0, stop=[9])
+    seen["stopping"] = ask(stopping, range(12))
     return seen
 
 
