@@ -55,7 +55,7 @@ def numel(module):
     Qwen2Config(**SMALL, tie_word_embeddings=True), Qwen2Config(**SMALL, tie_word_embeddings=False),
     Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True), Qwen3Config(**SMALL, head_dim=16, attention_bias=True, tie_word_embeddings=False),
     LlamaConfig(**SMALL, tie_word_embeddings=False), LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=True),
-    LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True)], ids=lambda c: f"{c.model_type}-{c.tie_word_embeddings}-{getattr(c, 'attention_bias', '')}")
+    LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True)], ids=lambda c: c.model_type)
 def test_parameters_of_a_folder(config, tmp_path):
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -75,7 +75,7 @@ def test_parameters_of_the_known_names():
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_what_a_config_leaves_out_is_what_transformers_takes(kind, tmp_path):
-    given = {key: value for key, value in SMALL.items() if kind == "llama" or key != "num_key_value_heads"} | {"num_key_value_heads": 4, "model_type": kind}
+    given = SMALL | {"model_type": kind}
     if kind == "llama":
         del given["num_key_value_heads"]
     (tmp_path / "config.json").write_text(json.dumps(given))
@@ -172,7 +172,8 @@ def fake_ranks():
     (8, 8192, dict(activation_checkpointing=False)),
     (8, 16384, dict(chunk_tokens=16, tied=True)),
     (2, 512, dict(hsdp=True, micro_tokens=256)),
-], ids=["critic", "alone", "no-checkpointing", "small-chunks-tied", "hsdp"])
+    (2, 8192, dict(chunk_tokens=8, micro_tokens=256)),
+], ids=["critic", "alone", "no-checkpointing", "small-chunks-tied", "hsdp", "root"])
 def test_a_whole_update(world, vocab, changes, fake_ranks, tmp_path, monkeypatch):
     config = Qwen2Config(vocab_size=vocab, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
                          tie_word_embeddings=changes.pop("tied", False))
@@ -206,7 +207,7 @@ def test_a_whole_update(world, vocab, changes, fake_ranks, tmp_path, monkeypatch
     transient = ("policy: gradients", "critic: gradients", "unsharded layers", "activations", "logits, head's gradient")
     assert p["worst"] != "AdamW's step"  # its root of the moments is not taken on a CPU; see below
     expected = sum(p["training"][item] for item in transient)
-    assert 0.98 <= expected / peak_of(update) <= 1.09
+    assert 0.98 <= expected / peak_of(update) <= 1.11
 
 
 def test_adamw_on_cuda_takes_the_root_of_all_moments_at_once(fake_ranks, tmp_path):
