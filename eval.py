@@ -117,7 +117,7 @@ def main(argv=None):
                 raise ConfigError(f"--{name} is {getattr(args, name)}: at least {least} is needed")
         if int(os.environ.get("WORLD_SIZE", 1)) % args.tp:
             raise ConfigError(f"{os.environ['WORLD_SIZE']} ranks cannot be divided into tensor-parallel groups of --tp {args.tp}")
-        check_vllm()
+        vllm = check_vllm()
         if (out / "results.json").exists():
             raise ConfigError(f"{out} already holds results: choose another --out")
         problems = {name: load_eval_data(name, args.data_dir) for name in names}
@@ -134,6 +134,8 @@ def main(argv=None):
         longest = max(len(problem["prompt_ids"]) for rows, _ in problems.values() for problem in rows)
         context = context_length(folder)
         max_response = min(args.max_response, context - longest) if context else args.max_response
+        from distributed import check_gpus  # PyTorch, late: what needs no more than a look is said by now
+        check_gpus(vllm)
         if max_response < 1:
             raise ConfigError(f"a prompt of {longest} tokens fills the model's context of {context}: lower --max_prompt")
     except ValueError as error:

@@ -114,10 +114,9 @@ def plan(cfg, s, gpus, gpu_memory):
     one, other = 4 * n / shards, 4 * critic_parameters(s) / shards if cfg.advantage == "gae" else 0
     sharded = {"policy: parameters": one, "policy: gradients": one, "policy: AdamW": 2 * one,
                "critic: parameters": other, "critic: gradients": other, "critic: AdamW": 2 * other,
-               "base policy": one if cfg.beta > 0 else 0, "precedent policies": 2 * one if cfg.convex and cfg.anchor == "prev" else 0}
-    asleep = {"policy: gradients": 0, "critic: gradients": 0, "precedent policies": sharded["precedent policies"] / 2}
+               "base policy": one if cfg.beta > 0 else 0, "precedent policy": one if cfg.convex and cfg.anchor == "prev" else 0}
     resident = (dict.fromkeys(sharded, 0) if cfg.offload_optimizer else sharded) | dict.fromkeys(
-        ("unsharded layers", "activations", "logits, head's gradient", "weights on their way"), 0)  # the table's order
+        ("unsharded layers", "activations", "logits, head's gradient"), 0)  # the table's order
 
     # activations for one micro-batch: what the layers keep, then the last norm and the response's rows
     saved = layer_activations(s, c) * tokens
@@ -135,12 +134,11 @@ def plan(cfg, s, gpus, gpu_memory):
         "a layer's backward pass": {"unsharded layers": c * root + (2 * c + 4) * layer + c * s["hidden"] * s["intermediate"] + max(held - kept, 0),
                                     "activations": kept + one_layer, "logits, head's gradient": c * embedding},
         "the root's gradients": {"unsharded layers": (c + 4 + 4 / shards) * root + held},  # input and output of their reduction
-        "AdamW's step": {"policy: AdamW": 0 if cfg.offload_optimizer else 3 * one},  # on CUDA it takes the root of all second moments at once
     }
     worst = max(moments, key=lambda name: sum((resident | moments[name]).values()))
     training = resident | moments[worst]
-    # embedding or head on its way to the engine: ours in the compute type, vLLM's copy; PyTorch has the blocks cached when the cache wakes
-    generating = resident | ({} if cfg.offload_optimizer else asleep) | {"weights on their way": (c + r) * embedding}
+    # weights on their way to the engine are gone before its cache wakes up (rollout.py), and smaller
+    generating = resident | {"policy: gradients": 0, "critic: gradients": 0}
     for items in (training, generating):
         items[MARGIN_ITEM] = MARGIN * sum(items.values())
 
@@ -191,9 +189,12 @@ def as_flag(name, value, cfg):
     return f"--{name} {value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
 
 
-def report(cfg, gpus, gpu_memory):
-    """The plan of `cfg` on `gpus` GPUs of `gpu_memory` GiB as lines of text: table, engine, host memory, verdict and what would help."""
-    s = shape_of(cfg.model)
+def report(cfg, gpus, gpu_memory, model=None):
+    """The plan of `cfg` on `gpus` GPUs of `gpu_memory` GiB as lines of text: table, engine, host memory, verdict and what would help.
+
+    model: the folder that cfg.model was found to be.
+    """
+    s = shape_of(model or cfg.model)
     if s is None:
         return ["memory: the embedded default needs no plan, it is tiny" if cfg.model is None else
                 f"memory: the shape of {cfg.model} is not known here: give --model a folder with the config.json of a qwen2, qwen3 or llama model, "

@@ -97,6 +97,7 @@ class Engine:
                                f"names that differ: {difference}")
         self.llm.reset_prefix_cache()
         if self.asleep:
+            torch.cuda.empty_cache()  # of the tensors in transfer: vLLM cannot take what PyTorch keeps
             self.llm.wake_up(tags=["kv_cache"])  # only now: weights in transfer and cache together would be the memory's peak
         self.version, self.asleep = version, False
 

