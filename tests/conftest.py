@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,22 @@ def command(script, *args, ranks=None, launcher=None, env=None, timeout=300):
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     return subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, args)], cwd=ROOT, capture_output=True, text=True,
                           timeout=timeout, env=clean | {"OMP_NUM_THREADS": "1"} | (env or {}))
+
+
+@pytest.fixture(scope="session")
+def two_at_a_time(request):
+    """start(test, of, job): job(x) for every x that the selected cases of the function `test` have as parameter `of`, two at a time
+    (one alone leaves half of two cores idle) -> get(x), which waits for the result."""
+    pools = []
+
+    def start(test, of, job):
+        chosen = dict.fromkeys(item.callspec.params[of] for item in request.session.items if getattr(item, "originalname", None) == test)
+        pools.append(ThreadPoolExecutor(2))
+        running = {x: pools[-1].submit(job, x) for x in chosen}
+        return lambda x: (running[x] if x in running else running.setdefault(x, pools[-1].submit(job, x))).result()
+    yield start
+    for pool in pools:
+        pool.shutdown(cancel_futures=True)
 
 
 def metrics_of(folder):

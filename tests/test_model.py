@@ -317,6 +317,15 @@ def test_update(seen, folder, world, case):
         assert len(found["micro_batches"]) > 1
 
 
+def test_where_shards_lie(seen):
+    """--hsdp and --offload_optimizer change no number: that they are not ignored shows in what FSDP2 was told."""
+    for world in (1, 2):
+        for case, (_, _, _, changes) in UPDATES.items():
+            placements, policy = seen[world][0]["updates"][case]["layout"]
+            assert placements == ("(Replicate(), Shard(dim=0))" if "hsdp" in changes else "(Shard(dim=0),)")
+            assert policy == ("CPUOffloadPolicy" if "offload_optimizer" in changes else "OffloadPolicy")
+
+
 def test_ranks_hold_the_same_parameters(seen):
     for case in UPDATES:
         for a, b in zip(*(rank["updates"][case]["policy"]["after"].values() for rank in seen[2])):

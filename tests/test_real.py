@@ -47,24 +47,36 @@ def test_commands_cover_every_algorithm_and_architecture():
     assert COMMANDS[0] == "torchrun --nproc_per_node 8 train.py --model Qwen2.5-Math-7B"
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_command_of_readme(line, stand_in, hub, tmp_path):
-    launcher, flags = line.partition("train.py")[::2]
-    flags = [*shlex.split(flags), *SMALLER, "--out", str(tmp_path / "run")]
-    flags += ["--held_out", "2", "--eval_every", "2"] if "--held_out" in flags else []
-    nodes, ranks = int((re.search(r"--nnodes (\d)", launcher) or [0, 1])[1]), min(2, int((re.search(r"per_node (\d)", launcher) or [0, 0])[1]))
+@pytest.fixture(scope="module")
+def run(stand_in, hub, tmp_path_factory, two_at_a_time):
+    """run(line) -> (folder, flags) of the run that a command of README made."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def job(line):
+        launcher, flags = line.partition("train.py")[::2]
+        folder = runs / str(COMMANDS.index(line))
+        flags = [*shlex.split(flags), *SMALLER, "--out", str(folder)]
+        flags += ["--held_out", "2", "--eval_every", "2"] if "--held_out" in flags else []
+        nodes, ranks = int((re.search(r"--nnodes (\d)", launcher) or [0, 1])[1]), min(2, int((re.search(r"per_node (\d)", launcher) or [0, 0])[1]))
+        if nodes == 1:
+            done = [command("train.py", *flags, ranks=ranks, env=stand_in)]
+        else:  # HOST is this one, with a rank on each node
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                host = f"127.0.0.1:{free.getsockname()[1]}"
+            rendezvous = shlex.split(launcher.replace("HOST:29500", host).replace("per_node 8", "per_node 1"))[1:]
+            with ThreadPoolExecutor(nodes) as pool:
+                done = list(pool.map(lambda _: command("train.py", *flags, launcher=rendezvous, env=stand_in), range(nodes)))
+        assert not any(d.returncode for d in done), done[0].stdout[-1000:] + done[0].stderr[-3000:]
+        return folder, flags
     hub.requests.clear()
-    if nodes == 1:
-        done = [command("train.py", *flags, ranks=ranks, env=stand_in)]
-    else:  # HOST is this one, with a rank on each node
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            rendezvous = shlex.split(launcher.replace("HOST:29500", f"127.0.0.1:{free.getsockname()[1]}").replace("per_node 8", "per_node 1"))[1:]
-        with ThreadPoolExecutor(nodes) as pool:
-            done = list(pool.map(lambda _: command("train.py", *flags, launcher=rendezvous, env=stand_in), range(nodes)))
-    assert not any(d.returncode for d in done), done[0].stdout[-1000:] + done[0].stderr[-3000:]
-    lines, cfg = metrics_of(tmp_path / "run"), parse(flags)
-    lines = [record for record in lines if record["step"]]
+    return two_at_a_time("test_command_of_readme", "line", job)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_of_readme(line, run, hub):
+    folder, flags = run(line)
+    lines, cfg = [record for record in metrics_of(folder) if record["step"]], parse(flags)
     assert [record["step"] for record in lines] == [1, 2] and lines[-1]["total_rollouts"] == int(dry_run(cfg).split()[-1])
     assert lines[1]["staleness"][0] == lines[1]["fresh_rollouts"] and lines[1]["staleness"][1] == 3 * cfg.group_size * ("mix" in cfg.algo)
     rough = cfg.rollout_dtype == "bfloat16"  # vLLM alone in bfloat16: the trainer's float32 takes it for what it is
@@ -74,8 +86,8 @@ def test_command_of_readme(line, stand_in, hub, tmp_path):
         assert 6 < record["entropy"] <= math.log(1024)  # near uniform
         assert (record["eval_accuracy_by_part"] or {"held_out": 0}).keys() == {"held_out"}
     assert lines[1]["kl_base"] > 0  # the entropy bonus moved the policy: without a reward nothing else could
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert (folder / "model" / "model.safetensors").exists()
     sent = hub.downloads()
     assert len(sent) == len(set(sent))  # one rank downloads, the others wait
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())["values"]
+    saved = json.loads((folder / "config.json").read_text())["values"]
     assert (saved["model"], saved["data"], saved["template"]) == (cfg.model, DEEPSCALER, {"auto": "r1"}.get(cfg.template, cfg.template))

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -31,14 +32,21 @@ def launch(job, folder, world):
 
 
 @pytest.fixture(scope="module")
-def one(folder):
-    return launch("engine_one", folder, 1)[0]
+def seen(folder):
+    """What the two programs saw, which run at the same time: {world: [rank 0's, …]}."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((1, 2), pool.map(launch, ("engine_one", "engine_two"), (folder, folder), (1, 2))))
 
 
 @pytest.fixture(scope="module")
-def two(folder):
+def one(seen):
+    return seen[1][0]
+
+
+@pytest.fixture(scope="module")
+def two(seen):
     """[rank 0, rank 1], each {tp: what it saw}."""
-    return launch("engine_two", folder, 2)
+    return seen[2]
 
 
 def same(responses, others, tolerance=0.0):

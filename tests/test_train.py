@@ -95,20 +95,17 @@ EXPECTED = {"ppo": ([30, 30, 30, 30], [0, 0, 0, 0], [1, 1, 1, 1]),
 
 
 @pytest.fixture(scope="module")
-def real_run(guesser, easy_problems, problems_file, tmp_path_factory):
+def real_run(guesser, easy_problems, problems_file, tmp_path_factory, two_at_a_time):
     """real_run(algo) -> (folder, stdout, flags), each run once: two ranks, real vLLM, real math-verify."""
-    made = {}
+    runs = tmp_path_factory.mktemp("runs")
 
     def run(algo):
-        if algo not in made:
-            folder = tmp_path_factory.mktemp("runs") / algo
-            flags = [*COMMON, "--model", str(guesser), "--algo", algo, "--out", str(folder)]
-            flags += ["--data", str(problems_file if algo == "grpo" else easy_problems)]
-            flags += ["--prompts", "10" if "grpo" in algo else "30"] + (MIXED if "mix" in algo else [])
-            flags += (["--reincarnate", "3"] if "remix" in algo else []) + (["--tensorboard"] if algo == "ppo" else [])
-            made[algo] = folder, launched("train.py", *flags, ranks=2), flags
-        return made[algo]
-    return run
+        flags = [*COMMON, "--model", str(guesser), "--algo", algo, "--out", str(runs / algo)]
+        flags += ["--data", str(problems_file if algo == "grpo" else easy_problems)]
+        flags += ["--prompts", "10" if "grpo" in algo else "30"] + (MIXED if "mix" in algo else [])
+        flags += (["--reincarnate", "3"] if "remix" in algo else []) + (["--tensorboard"] if algo == "ppo" else [])
+        return runs / algo, launched("train.py", *flags, ranks=2), flags
+    return two_at_a_time("test_every_algorithm_on_real_problems", "algo", run)
 
 
 @pytest.mark.parametrize("algo", EXPECTED)
@@ -397,8 +394,8 @@ def toy_runs(tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:  # two runs of one rank at a time
         whole, half = pool.submit(run, "whole", "--steps", 6), pool.submit(interrupted)
         other = pool.submit(run, "other", "--steps", 1, "--seed", 1)
-        runs = dict(whole=whole.result(), half=half.result(), other=other.result())
-    runs["two"] = run("two", "--steps", 3, "--micro_tokens", 150, "--offload_optimizer", ranks=2)
+        two = pool.submit(run, "two", "--steps", 3, "--micro_tokens", 150, "--offload_optimizer", ranks=2)
+        runs = dict(whole=whole.result(), half=half.result(), other=other.result(), two=two.result())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -509,9 +506,9 @@ def evaluations(toy_runs, guesser, benchmark_dir, tmp_path_factory):
     default = ("--model", toy_runs["whole"] / "model", "--k", 2, "--temperature", 1)
     with ThreadPoolExecutor(2) as pool:
         on_toy = pool.submit(launched, "eval.py", *default, "--out", out / "toy")
+        two = pool.submit(launched, "eval.py", *named, "--out", out / "two", ranks=2)
         one = pool.submit(launched, "eval.py", *named, "--out", out / "one")
-        done = {"toy": on_toy.result(), "one": one.result()}
-    done["two"] = launched("eval.py", *named, "--out", out / "two", ranks=2)
+        done = {"toy": on_toy.result(), "one": one.result(), "two": two.result()}
     return {name: (text, out / name) for name, text in done.items()}
 
 

@@ -133,6 +133,8 @@ def updates(folder, ranks):
             found[name] = watch(learner)
         train.update(learners, used, LAM, VERSION, 0.5, meter, cfg)
         found["means"] = meter.gathered()[0]
+        root = learners["policy"].module
+        found["layout"] = str(next(root.parameters()).placements), type(root._get_fsdp_state()._fsdp_param_group.offload_policy).__name__
         found["micro_batches"] = learners["policy"].my_micro_batches(used)
         seen[case] = found
     return seen
