@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 
 import data
 import reward as module
-from reward import Judge, Verdict, last_box, reward
+from reward import Judge, Verdict, last_box, reward, own
 
 ROOT = Path(module.__file__).parent
 TOWER = r"\boxed{9^{9^{9^{9^9}}}}"  # parses at once; comparing it with anything never ends
@@ -387,3 +387,54 @@ print(reward(r"\boxed{27}", "27.0"))
 """, env={**os.environ, "PYTHONPATH": str(tmp_path / "broken")})
     assert "no antlr here" in done.stdout and "is math-verify" in done.stdout and done.stdout.endswith("\n0.0\n")
     assert "scored 0" in done.stderr
+
+
+# Your own reward: MODULE:FUNCTION.
+
+MINE = """
+import time
+
+def grade(response, answer):
+    if response == "raise":
+        raise KeyError("x")
+    while response == "hang":
+        time.sleep(1)
+    if response == "nan":
+        return float("nan")
+    return {"all": True, "half": 0.5}.get(response, -1) if answer == ["7", "8"] else 0
+
+three = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module in the working folder of the user."""
+    (tmp_path / "my_own_rewards.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_own_rewards", raising=False)
+
+
+def test_an_own_function_judges_beside_the_others(mine):
+    with Judge(2) as judge:
+        items = [(text, ["7", "8"], "my_own_rewards:grade") for text in ("all", "half", "neither", "")]
+        verdicts = judge.submit([*items, ("all", "7", "my_own_rewards:grade"), (r"\boxed{7.0}", "7", "boxed")]).result()
+    assert verdicts == [(1.0, None), (0.5, "wrong"), (-1.0, "wrong"), (-1.0, "wrong"), (0.0, "wrong"), (1.0, None)]
+
+
+def test_an_own_function_that_fails_is_no_verdict(mine):
+    """What raises or is no number stops the run and says why; what hangs is cut off, like everything else that is judged."""
+    with Judge(1, timeout=2) as judge:
+        for text, why in (("raise", "KeyError"), ("nan", "nan is no reward")):
+            with pytest.raises(RuntimeError, match=f"my_own_rewards:grade failed: .*{why}"):
+                judge.submit([(text, "7", "my_own_rewards:grade")]).result()
+        assert judge.submit([("hang", "7", "my_own_rewards:grade")]).result() == [(0.0, "timeout")]
+        assert judge.submit([("all", ["7", "8"], "my_own_rewards:grade")]).result() == [(1.0, None)]
+
+
+@pytest.mark.parametrize("function, why", [
+    ("absent_module:f", "No module named"), ("my_own_rewards:absent", "no attribute"), ("my_own_rewards:three", "no function")])
+def test_no_such_function(mine, function, why):
+    with pytest.raises(ValueError, match=why):
+        own(function)
