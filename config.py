@@ -8,6 +8,7 @@ This file imports the standard library only, so that bad input is answered befor
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -62,7 +63,8 @@ PRESETS = {
                    ("remix-grpo", dict(steps=100, reincarnate=50))],
     "paper-7b": [("*", dict(model="DeepSeek-R1-Distill-Qwen-7B", data=DEEPSCALER, prompts=256)),
                  ("remix-ppo", dict(steps=75, reincarnate=100)),
-                 ("remix-grpo", dict(steps=100, reincarnate=50))],
+                 ("remix-grpo", dict(steps=100, reincarnate=50)),
+                 ("*grpo", dict(engine_memory=0.65))],  # no critic: room for a larger cache
 }
 PRESET_HELP = ("a run of the paper's tables, by --algo. 1.5b: remix-ppo 350 steps, T = 100 (79,300 rollouts; the 100-step row is --steps 100 "
                "--reincarnate 50: 20,450), ppo 900 steps (230,400). 7b: remix-ppo 75 steps (11,475; --steps 50: 7,650), remix-grpo 100 steps "
@@ -392,19 +394,37 @@ def check_model(folder, tp=1):
     try:
         config = json.loads((path / "config.json").read_text())
         kind, heads = config["model_type"], config["num_attention_heads"]
-        names = set()
+        tensors = {}  # name -> (file, first byte, last byte)
         for file in path.glob("*.safetensors"):  # each begins with the length of a JSON header of its tensors
             with open(file, "rb") as header:
-                names |= set(json.loads(header.read(int.from_bytes(header.read(8), "little"))))
+                length = int.from_bytes(header.read(8), "little")
+                tensors |= {name: (file, *(8 + length + i for i in tensor["data_offsets"])) for name, tensor in json.loads(header.read(length)).items()
+                            if name != "__metadata__"}
+        tied = config.get("tie_word_embeddings") and {"lm_head.weight", "model.embed_tokens.weight"} <= set(tensors)
+        differ = tied and len({digest(*tensors[name]) for name in ("lm_head.weight", "model.embed_tokens.weight")}) > 1
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise ConfigError(f"--model {folder} is no model folder ({type(error).__name__}: {error}): "
                           "it needs config.json (with model_type) and *.safetensors") from None
     if kind not in MODEL_TYPES:
         raise ConfigError(f"--model {folder} is of type {kind}: this code trains {', '.join(MODEL_TYPES)}")
-    if "model.embed_tokens.weight" not in names:
+    if differ:
+        raise ConfigError(f"--model {folder}: its config.json says that head and embedding are one (tie_word_embeddings), its weights hold two: "
+                          "set it to false")
+    if "model.embed_tokens.weight" not in tensors:
         raise ConfigError(f"--model {folder} is no model folder: its *.safetensors hold no model.embed_tokens.weight")
     if heads % tp:
         raise ConfigError(f"--tp {tp} does not divide the {heads} attention heads of {folder}")
+
+
+def digest(file, first, last):
+    """A hash of a file's bytes from `first` to `last`."""
+    found = hashlib.blake2b()
+    with open(file, "rb") as data:
+        data.seek(first)
+        while first < last and (part := data.read(min(1 << 24, last - first))):
+            found.update(part)
+            first += len(part)
+    return found.digest()
 
 
 def check_vllm():

@@ -124,7 +124,7 @@ def plan(cfg, s, gpus, gpu_memory):
     last = (4 + 2 * c) * s["hidden"] * tokens
     one_layer = (saved if cfg.activation_checkpointing else 0) + (2 * c * s["intermediate"] + c * s["hidden"]) * tokens
     logits = min(cfg.chunk_tokens, tokens) * s["vocab"]
-    held = 4 * (s["layers"] - 1) * layer / shards if cfg.hsdp else 0  # what FSDP2 all-reduces it holds until the backward pass ends
+    held = 4 * (s["layers"] - 1) * layer / shards if cfg.hsdp and gpus > NODE else 0  # what FSDP2 all-reduces it holds until the backward pass ends
 
     moments = {  # where an update can peak
         # five float32 copies of a chunk's logits, or its head's gradient, that of earlier chunks and their sum; the last layer is prefetched
@@ -151,6 +151,7 @@ def plan(cfg, s, gpus, gpu_memory):
     short = max(length * token - cache, 0) + sum(max(value - gpu_memory * GIB, 0) for value in total.values())
     return dict(training=training, generating=generating, worst=worst, total=total, short=short,
                 engine=dict(count=gpus // cfg.tp, token=token, length=length, tokens=int(max(cache, 0) // token)),
+                checkpoint=sum(size for item, size in sharded.items() if "gradients" not in item) * shards,
                 host=dict(loading=4 * n, offloaded=min(gpus, NODE) * sum(sharded.values()) if cfg.offload_optimizer else 0))
 
 
@@ -216,7 +217,8 @@ def report(cfg, gpus, gpu_memory, model=None):
               f"{math.ceil(cfg.prompts * cfg.group_size / engine['count']):,}",
               f"host memory: {gib(host['loading'])} GiB on the first machine while loading" + (
                   f"; {gib(host['offloaded'])} GiB on each by --offload_optimizer, more where pinned blocks are rounded up to powers of two"
-                  if host["offloaded"] else "")]
+                  if host["offloaded"] else ""),
+              f"disk: {gib(p['checkpoint'])} GiB a checkpoint, {gib((cfg.keep + 1) * p['checkpoint'])} with --keep {cfg.keep} and the one being written"]
     peak = max(total, key=total.get)
     if not p["short"]:
         return [*lines, f"fits: {gib(total[peak])} of {gpu_memory:g} GiB"]

@@ -66,7 +66,7 @@ METRICS = {
     "seconds_save": "writing the previous step's checkpoint (s)",
     "seconds_step": "the whole step, evaluation apart (s)",
     "tokens_per_second": "fresh response tokens per second of seconds_generate, all ranks",
-    "memory_peak_gib": "peak memory of rank 0 so far: GPU memory, or resident memory on a CPU (GiB)",
+    "memory_peak_gib": "peak memory of rank 0 so far: of its GPU, engine included, or resident memory on a CPU (GiB)",
 }
 
 
@@ -143,6 +143,7 @@ class Recorder:
 
     def __init__(self, cfg, ranks):
         self.begin = self.last = time.perf_counter()  # of the first step that this process does; of its latest record
+        self.peak = 0  # most GPU memory in use at the end of a phase (bytes)
         self.steps, self.longest = 0, 0.0  # done by this process; the longest, evaluation and saving included (s)
         self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = cfg, ranks, {}, None, None
         if ranks.first:
@@ -162,6 +163,8 @@ class Recorder:
         yield
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
+            free, total = torch.cuda.mem_get_info()  # PyTorch's own count would hold a sleeping engine for awake, and keeps a phase's blocks
+            self.peak = max(self.peak, total - free)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
     def write(self, record):
@@ -178,7 +181,7 @@ class Recorder:
         if not self.ranks.first:
             return
         cuda = self.ranks.device.type == "cuda"
-        record["memory_peak_gib"] = (torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
+        record["memory_peak_gib"] = (self.peak if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
         line = {name: finite(record.get(name)) for name in METRICS}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()

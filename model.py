@@ -157,7 +157,8 @@ class Learner:
         self.names = set(module.lm.state_dict()) if isinstance(module, Policy) else None  # what the engine must receive
         cuda, offload = ranks.device.type == "cuda", cfg.offload_optimizer
         # HSDP: gradients are averaged over the nodes ("replicate"), everything else stays within a node ("shard")
-        shape = (ranks.world // ranks.local_world, ranks.local_world) if cfg.hsdp else (ranks.world,)
+        nodes = ranks.world // ranks.local_world
+        shape = (nodes, ranks.local_world) if cfg.hsdp and nodes > 1 else (ranks.world,)
         sharding = dict(
             mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]), reshard_after_forward=True,
             mp_policy=MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32),

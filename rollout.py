@@ -50,6 +50,7 @@ class Engine:
         together (tokens). `stop`: ids of tokens that end a response, besides eos."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         local_world, threads = os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads()
         from vllm import LLM
 
@@ -59,7 +60,7 @@ class Engine:
                 folder, dtype=cfg.rollout_dtype, max_model_len=max_len, seed=cfg.seed, tensor_parallel_size=cfg.tp,
                 distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", max_num_seqs=256,
                 enforce_eager=not cuda, enable_sleep_mode=cuda, gpu_memory_utilization=cfg.engine_memory,
-                enable_prefix_caching=True,  # the responses of a group share their prompt
+                enable_prefix_caching=True,  # what an engine has of a group shares its prompt
                 kv_cache_memory_bytes=None if cuda else 1 << 30, max_num_batched_tokens=max(max_len, 8192),
                 enable_chunked_prefill=cuda,  # on a CPU a seeded request whose prompt is split crashes: its generator cannot rewind
                 use_tqdm_on_load=False)
@@ -95,7 +96,8 @@ class Engine:
             difference = sorted(yielded ^ expected)[:5]
             raise RuntimeError(f"the engine did not take all weights of version {version}: consumed to the end: {ended}, "
                                f"names that differ: {difference}")
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError(f"the engine's cache holds blocks of older weights than version {version}: a request is still running")
         if self.asleep:
             torch.cuda.empty_cache()  # of the tensors in transfer: vLLM cannot take what PyTorch keeps
             self.llm.wake_up(tags=["kv_cache"])  # only now: weights in transfer and cache together would be the memory's peak
@@ -116,6 +118,7 @@ class Engine:
         engines, engine = self.ranks.world // self.tp, self.ranks.rank // self.tp
         mine = range(engine, len(prompts), engines)  # items engine, engine + engines, …
         parameters = [SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_tokens, seed=seeds[i], logprobs=0,
+                                     flat_logprobs=True,
                                      stop_token_ids=self.stop, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for i in mine]
         long = len(mine) * max_tokens > 50_000  # tokens: worth a progress bar
         bar = partial(tqdm, leave=False) if long and self.ranks.first else False
@@ -130,16 +133,24 @@ class Engine:
         return [found[i] for i in range(len(prompts))]
 
     def sleep(self):
-        """Free the GPU for training: weights and cache are dropped, the next update() brings them back. Nothing on a CPU."""
-        if self.sleeps:
+        """Free the GPU for training: weights and cache are dropped, the next update() brings them back. Nothing on a CPU.
+
+        Raises RuntimeError if no memory became free.
+        """
+        if self.sleeps and not self.asleep:
+            free, _ = torch.cuda.mem_get_info()
             self.llm.sleep(level=2)
+            if torch.cuda.mem_get_info()[0] - free < 1 << 20:
+                raise RuntimeError("the sleeping engine freed no GPU memory: unset expandable_segments (PYTORCH_ALLOC_CONF), "
+                                   "which its allocator cannot work with")
             self.asleep, self.version = True, None
 
 
 def as_response(output):
     """vLLM's completion as plain tensors."""
-    tokens = list(output.token_ids)
-    logp = [position[token].logprob for token, position in zip(tokens, output.logprobs)]
+    tokens, logp = list(output.token_ids), output.logprobs.logprobs  # flat: with logprobs=0 one number a token, the chosen one's
+    if output.logprobs.token_ids != tokens:
+        raise RuntimeError(f"the engine returned {len(output.logprobs.token_ids)} log-probs that are not those of its {len(tokens)} tokens")
     return dict(response=torch.tensor(tokens), logp_sampler=torch.tensor(logp, dtype=torch.float32), truncated=output.finish_reason == "length")
 
 

@@ -40,7 +40,7 @@ import memory
 import toy
 from advantage import gae, group_advantages, vtrace, whiten
 from buffer import RingBuffer
-from config import ConfigError, check_model, check_vllm, context_length, exit_bad_input, fresh_before, preflight, schedule
+from config import VLLM_VERSION, ConfigError, check_model, check_vllm, context_length, exit_bad_input, fresh_before, preflight, schedule
 from distributed import check_gpus, gather, start
 from eval import evaluate, load_eval_data, reflects, summarise
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
@@ -71,7 +71,7 @@ def main(argv=None):
             check_model(folder, cfg.tp)
         tokenizer = data.load_tokenizer(folder)
         problems, parts = fit(cfg, folder, tokenizer, problems, parts, say)
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
             memory_plan(cfg, folder, say)
     except ValueError as error:
         exit_bad_input(error)
@@ -126,6 +126,8 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
         cfg.rollout_dtype = cfg.dtype
     if cfg.tis is None:
         cfg.tis = 0.0 if exact(cfg) else 2.0
+    say(f"{ranks.world} ranks on {torch.cuda.get_device_name() if ranks.device.type == 'cuda' else 'CPU'}, computing in {cfg.dtype}, "
+        f"vLLM {VLLM_VERSION} in {cfg.rollout_dtype}; on a GPU its first start compiles for minutes")
     # the engine first: it measures what memory is free, then sleeps while the trainer fills it
     engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
     policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)

@@ -456,6 +456,19 @@ def test_bad_model_folders(refuse, tmp_path, model_copy):
     assert "safetensors" in refuse(*common, "--model", model_copy)
 
 
+def test_a_head_of_its_own_in_a_tied_model(refuse, tmp_path, model_copy):
+    """transformers keeps both, sharding would make one of them of the two; a copy of the embedding is fine."""
+    from safetensors.torch import load_file, save_file
+
+    from config import check_model
+    settings, weights = json.loads((model_copy / "config.json").read_text()), load_file(model_copy / "model.safetensors")
+    (model_copy / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    said = refuse("--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100, "--model", model_copy)
+    assert "tie_word_embeddings" in said and "set it to false" in said
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, model_copy / "model.safetensors")
+    check_model(model_copy)
+
+
 def test_model_without_tokenizer(refuse, tmp_path, model_copy):
     for path in model_copy.glob("*token*"):
         path.unlink()

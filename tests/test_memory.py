@@ -181,20 +181,22 @@ def test_a_whole_update(world, vocab, changes, fake_ranks, tmp_path, monkeypatch
     cfg = configured("--model m --algo grpo", **dict(dtype="bfloat16", rollout_dtype="bfloat16", micro_tokens=512, chunk_tokens=64, tis=0.0,
                                                      max_prompt=8, max_response=248, activation_checkpointing=True) | changes)
     monkeypatch.setattr(train, "measure", lambda *_, **__: None)
-    ranks, meter = fake_ranks(world, world), SimpleNamespace(add=lambda *_: None)
+    nodes = 2 if cfg.hsdp else 1
+    monkeypatch.setattr(memory, "NODE", world)
+    ranks, meter = fake_ranks(nodes * world, world), SimpleNamespace(add=lambda *_: None)
     learners = {"policy": Learner(Policy(tmp_path, 1.0, cfg.chunk_tokens), cfg.lr, cfg, ranks)}
     if cfg.advantage == "gae":
         learners["critic"] = Learner(Critic(tmp_path), cfg.critic_lr, cfg, ranks)
     fields = ["logp_old", "logp_behavior", "advantages", "logp_base"] + ["values", "returns"] * (cfg.advantage == "gae")
     batch = [dict(prompt=torch.arange(8), response=torch.randint(vocab, (248,)), version=0) | {f: torch.randn(248) for f in fields}
-             for _ in range(6 * world)]  # three micro-batches a rank
+             for _ in range(6 * nodes * world)]  # three micro-batches a rank
 
     def update():
         train.update(learners, batch, 1.0, 0, 1.0, meter, cfg)
 
     update()  # AdamW makes its moments
     monkeypatch.setattr(memory, "MARGIN", 0)
-    p = plan(cfg, shape_of(tmp_path), world, 80)
+    p = plan(cfg, shape_of(tmp_path), nodes * world, 80)
 
     def local(tensors):
         return 4 * sum(t.to_local().numel() for t in tensors)
@@ -234,6 +236,7 @@ def test_shards_by_hand():
         assert p["training"]["policy: parameters"] == p["training"]["policy: gradients"] == p["training"]["base policy"] == 4 * n / shards
         assert p["training"]["critic: AdamW"] == 2 * p["training"]["critic: gradients"] == 8 * critic / shards
         assert p["training"]["precedent policy"] == p["generating"]["precedent policy"] == 4 * n / shards
+        assert p["checkpoint"] == pytest.approx(12 * n + 12 * critic + 8 * n)  # parameters, two moments; base, precedent
         assert p["generating"]["policy: gradients"] == p["generating"]["critic: gradients"] == 0
     for changes in (dict(anchor="old"), dict(lambda_floor=1.0)):
         p = plan(configured("--model m --algo remix-ppo", **changes), s, 8, 80)

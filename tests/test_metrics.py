@@ -141,6 +141,20 @@ def test_clock_and_machine_metrics(tmp_path, monkeypatch):
     assert all(second[name] is None for name in expected if name != "memory_peak_gib")
 
 
+def test_memory_of_a_gpu(tmp_path, monkeypatch):
+    """What is in use on the device at the end of a phase, a vLLM engine's own allocations included: here 30, then 50, then 20 GiB of 80."""
+    free = iter([50 << 30, 30 << 30, 60 << 30])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 80 << 30))
+    record = Recorder(Config(out=str(tmp_path)), SimpleNamespace(first=True, device=torch.device("cuda")))
+    for phase in ("generate", "update", "save"):
+        with record.clock(phase):
+            pass
+    record.write(RECORD)
+    record.close()
+    assert strict((tmp_path / "metrics.jsonl").read_text())["memory_peak_gib"] == 50
+
+
 def test_console_line():
     empty = dict.fromkeys(METRICS)
     line = empty | RECORD | dict(accuracy=0.25, kl_base=0.01234, ratio_mean_history=1.5, entropy=0.75, grad_norm=2.0,

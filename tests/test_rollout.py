@@ -87,6 +87,8 @@ def test_order_of_calls_around_sleep(one):
     """Memory for the weights, the weights, then the cache, before anything is generated; no wake-up without weights."""
     wake = ["wake ['weights']", "reload_weights ['a', 'b']", "reset cache", "wake ['kv_cache']", "generate"]
     assert one["sleeping"]["calls"] == ["sleep 2", *wake, "sleep 2", *wake, "sleep 2", *wake]
+    assert "expandable_segments" in one["sleeping"]["nothing freed"]
+    assert "older weights" in one["sleeping"]["old blocks"][0] and "version None" in one["sleeping"]["old blocks"][1]
     assert one["put to sleep"] == 1  # from the start: the trainer fills the memory before the first update
     assert all("asleep" in message for message in one["sleeping"]["asleep"])
 

@@ -3,6 +3,7 @@
     torchrun … tests/workers.py NAME FOLDER   # -> FOLDER/NAME-WORLD-RANK.pt, a dict
 """
 
+import dataclasses
 import itertools
 import os
 import random
@@ -125,7 +126,8 @@ def updates(folder, ranks):
     seen = {}
     for case, (model, critic, count, changes) in UPDATES.items():
         cfg, meter, found = config(**changes), Meter(), {}
-        learners = build(folder, model, cfg, ranks, critic)
+        found["nodes"] = 2 if cfg.hsdp and ranks.world == 2 else 1  # HSDP: as if each rank were on a node of its own
+        learners = build(folder, model, cfg, dataclasses.replace(ranks, local_world=ranks.world // found["nodes"]), critic)
         used = torch.load(folder / f"samples-{model}.pt")[:count]
         if cfg.beta == 0:
             used = [{key: value for key, value in s.items() if key not in ("logp_base", "logp_prev")} for s in used]
@@ -350,8 +352,8 @@ def alarms(engine, policy):
 class RecordingLLM:
     """vLLM's interface as the engine uses it: notes the calls, answers each request with one token."""
 
-    def __init__(self, take=None):
-        self.calls, self.take = [], take
+    def __init__(self, take=None, clean=True):
+        self.calls, self.take, self.clean = [], take, clean
 
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
@@ -361,19 +363,22 @@ class RecordingLLM:
 
     def reset_prefix_cache(self):
         self.calls.append("reset cache")
+        return self.clean
 
     def collective_rpc(self, method, kwargs):
         self.calls.append(f"{method} {[name for name, _ in itertools.islice(kwargs['weights_iterator'], self.take)]}")
 
     def generate(self, requests, parameters, use_tqdm):
         self.calls.append("generate")
-        answer = Has(token_ids=(4,), logprobs=[{4: Has(logprob=-0.5)}], finish_reason="stop")
+        answer = Has(token_ids=(4,), logprobs=Has(token_ids=[4], logprobs=[-0.5]), finish_reason="stop")
         return [Has(outputs=[answer]) for _ in requests]
 
 
 def sleeping(engine):
     """Order of calls around a sleep, as on a GPU."""
     real, seen, pairs = (engine.llm, engine.sleeps), {}, [("a", torch.zeros(1)), ("b", torch.zeros(1))]
+    memory, real_memory = itertools.count(1 << 30, 1 << 21), torch.cuda.mem_get_info
+    torch.cuda.mem_get_info = lambda: (next(memory), 80 << 30)  # more is free each time
     engine.llm, engine.sleeps = RecordingLLM(), True
     engine.sleep()  # what its constructor does where a trainer follows
     for version in (4, 5):
@@ -383,7 +388,12 @@ def sleeping(engine):
     seen["asleep"] = [refused(lambda: ask(engine, [0], version=version)) for version in (4, 5, None)]
     engine.update(5, iter(pairs), {"a", "b"})  # the version is the same, the weights were dropped
     ask(engine, [0], version=5)
-    seen["calls"] = engine.llm.calls
+    seen["calls"] = list(engine.llm.calls)
+    torch.cuda.mem_get_info = lambda: (1 << 30, 80 << 30)
+    seen["nothing freed"] = refused(engine.sleep)
+    torch.cuda.mem_get_info = real_memory
+    engine.llm = RecordingLLM(clean=False)
+    seen["old blocks"] = refused(lambda: engine.update(6, iter(pairs), {"a", "b"})), refused(lambda: ask(engine, [0], version=6))
     engine.llm = RecordingLLM(take=1)
     seen["not consumed"] = refused(lambda: engine.update(6, iter(pairs), {"a"}))
     engine.llm, engine.sleeps = real
