@@ -35,18 +35,16 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import hub
-import memory
-import toy
 from advantage import gae, group_advantages, vtrace, whiten
 from buffer import RingBuffer
-from config import VLLM_VERSION, ConfigError, check_model, check_vllm, context_length, exit_bad_input, fresh_before, preflight, schedule
-from distributed import check_gpus, gather, start
-from eval import evaluate, load_eval_data, reflects, summarise
+from config import exit_bad_input, fresh_before, preflight, schedule
+from distributed import gather, start
+from eval import evaluate, reflects, summarise
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
 from metrics import Meter, Recorder, best_evaluation, measure, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
-from reward import Judge, own
+from prepare import exact, prepare
+from reward import Judge
 from rollout import Engine, request_seed, stop_tokens
 
 STORED = ("prompt", "response", "logp_sampler", "logp_behavior", "logp_base", "version", "prompt_index", "reward", "advantage")
@@ -57,22 +55,8 @@ def main(argv=None):
     """Check everything that can be checked without a model, then train."""
     cfg = preflight(sys.argv[1:] if argv is None else argv)
     say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
-    try:  # what is quickly known to be wrong before a model is fetched
-        check_gpus(check_vllm())
-        if cfg.reward:
-            own(cfg.reward)
-        problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(
-            cfg.data, cfg.problem_key, cfg.answer_key, cfg.data_split, say)
-        problems, held_out = data.split_held_out(problems, cfg.held_out)
-        parts = {name: held_out if name == "held_out" else load_eval_data(name, cfg.data_dir)
-                 for name in cfg.eval_data.split(",")} if cfg.eval_every else {}
-        folder = hub.model_folder(cfg.model) if cfg.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
-        if cfg.model:
-            check_model(folder, cfg.tp)
-        tokenizer = data.load_tokenizer(folder)
-        problems, parts = fit(cfg, folder, tokenizer, problems, parts, say)
-        if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
-            memory_plan(cfg, folder, say)
+    try:
+        folder, tokenizer, problems, parts = prepare(cfg, say)
     except ValueError as error:
         exit_bad_input(error)
     with Judge(cfg.reward_workers) as judge:
@@ -81,53 +65,11 @@ def main(argv=None):
     dist.destroy_process_group()
 
 
-def memory_plan(cfg, folder, say):
-    """Say whether the run will fit on the GPUs that are there: the verdict of --dry_run --gpus, on what they really have."""
-    ranks, size = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.get_device_properties(0).total_memory / memory.GIB
-    lines = memory.report(cfg, ranks, round(size, 1), folder)
-    say("\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith(("fits", "does not fit", "memory:"))):]))
-
-
-def fit(cfg, folder, tokenizer, problems, parts, say):
-    """Choose template and style, fit lengths to the model's context, tokenise the prompts. Returns (problems, parts).
-
-    problems: list of problems to train on; parts: name -> list of problems to evaluate on.
-    """
-    if cfg.template == "auto":
-        cfg.template = "raw" if cfg.data == "toy" else data.default_template(cfg.model or folder, tokenizer)
-    if cfg.style == "auto":
-        cfg.style = data.template_style(cfg.template)
-    context = context_length(folder)
-    if context and cfg.max_prompt + cfg.max_response > context:
-        if cfg.max_prompt >= context:
-            raise ConfigError(f"--max_prompt {cfg.max_prompt} leaves no room for a response in the model's context of {context} tokens")
-        if cfg.sources["max_response"] == "flag":
-            raise ConfigError(f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the model's context of {context} tokens")
-        cfg.max_response = context - cfg.max_prompt
-        cfg.sources["max_response"] = "fitted to the model's context"
-    say(f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the model's context is {context or 'not known'}")
-    problems, skipped = data.encode_prompts(problems, tokenizer, cfg.template, cfg.max_prompt)
-    if skipped:
-        say(f"skipped {skipped} of {skipped + len(problems)} prompts: longer than {cfg.max_prompt} tokens (--max_prompt)")
-    for name, part in parts.items():
-        parts[name], skipped = data.encode_prompts(part, tokenizer, cfg.template, cfg.max_prompt)
-        if skipped:
-            say(f"skipped {skipped} of {len(part)} prompts of {name}: longer than {cfg.max_prompt} tokens")
-    say(f"{len(problems)} problems, template {cfg.template}, judged by {cfg.reward or cfg.style}; the model sees "
-        f"{tokenizer.decode(problems[0]['prompt_ids'])!r}")
-    return problems, parts
-
-
 def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
-    """The loop. Every rank runs it; every rank holds the same buffer, draws the same history and forms the same minibatches."""
-    if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
-    if cfg.rollout_dtype == "auto":
-        cfg.rollout_dtype = cfg.dtype
-    if cfg.tis is None:
-        cfg.tis = 0.0 if exact(cfg) else 2.0
-    say(f"{ranks.world} ranks on {torch.cuda.get_device_name() if ranks.device.type == 'cuda' else 'CPU'}, computing in {cfg.dtype}, "
-        f"vLLM {VLLM_VERSION} in {cfg.rollout_dtype}; on a GPU its first start compiles for minutes")
+    """The loop. Every rank runs it; every rank holds the same buffer, draws the same history and forms the same minibatches.
+
+    problems: to train on; parts: name -> problems to evaluate on; all with prompt_ids. say: print, on rank 0.
+    """
     # the engine first: it measures what memory is free, then sleeps while the trainer fills it
     engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
     policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)
@@ -235,11 +177,6 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
     checkpoint.export(out / "model", folder, policy, tokenizer, cfg, ranks)
     recorder.close()
     say(f"the trained model is in {out / 'model'}")
-
-
-def exact(cfg):
-    """Whether trainer and engine both compute in float32, so that their log-probs differ by rounding alone."""
-    return cfg.dtype == cfg.rollout_dtype == "float32"
 
 
 def open_run(cfg, done):

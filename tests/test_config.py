@@ -548,14 +548,13 @@ def test_memory_of_the_gpus_that_are_there(monkeypatch, tmp_path):
     """The verdict alone, on eight GPUs of 79.6 GiB, and on one."""
     import torch
 
-    import train
+    import prepare
     from types import SimpleNamespace
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=79.6 * 2**30))
-    for world, words in (("8", "fits: "), ("1", "does not fit: needs")):
+    for world, words in ((8, "fits: "), (1, "does not fit: needs")):
         said = []
-        monkeypatch.setenv("WORLD_SIZE", world)
-        train.memory_plan(parsed("--model Qwen2.5-Math-7B"), "Qwen2.5-Math-7B", said.append)
-        assert len(said) == 1 and said[0].startswith(words) and "79.6" in said[0] and ("--offload_optimizer" in said[0]) == (world == "1")
+        prepare.memory_plan(parsed("--model Qwen2.5-Math-7B"), "Qwen2.5-Math-7B", world, said.append)
+        assert len(said) == 1 and said[0].startswith(words) and "79.6" in said[0] and ("--offload_optimizer" in said[0]) == (world == 1)
 
 
 def test_lengths_against_the_context(refuse, tmp_path, small_model, capfd):
@@ -570,12 +569,12 @@ def test_lengths_against_the_context(refuse, tmp_path, small_model, capfd):
 
 def test_long_prompts_are_skipped_once_and_the_response_fitted(tmp_path, small_model):
     import data
-    import train
+    import prepare
 
     path = problems(tmp_path, FINE + 3 * FINE.replace("1+1", "1+1" * 100))
     cfg, said = parse(["--model", str(small_model), "--data", str(path), "--max_prompt", "120"]), []
     tokenizer, everything = data.load_tokenizer(small_model), data.load_problems(path)
-    kept, parts = train.fit(cfg, str(small_model), tokenizer, everything, {"all": everything}, said.append)
+    kept, parts = prepare.fit(cfg, str(small_model), tokenizer, everything, {"all": everything}, said.append)
     assert [problem["id"] for problem in kept] == ["problems/0"] and list(parts) == ["all"] and parts["all"] == kept
     assert len(kept[0]["prompt_ids"]) <= 120
     assert cfg.max_response == 512 - 120 and cfg.sources["max_response"] == "fitted to the model's context"

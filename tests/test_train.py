@@ -353,6 +353,8 @@ def test_importance_sampling_is_on_in_bfloat16(own_run, real_run):
     folder, _, _, _ = own_run
     saved = json.loads((folder / "config.json").read_text())["values"]
     assert (saved["tis"], saved["dtype"], saved["rollout_dtype"]) == (2.0, "bfloat16", "bfloat16")
+    sources = json.loads((folder / "config.json").read_text())["sources"]
+    assert (sources["tis"], sources["dtype"], sources["rollout_dtype"]) == ("dtype and rollout_dtype", "flag", "dtype")
     for line in metrics_of(folder)[1:]:
         assert 1e-5 < line["gap_mean"] < 0.05 and abs(line["tis_mean"] - 1) < 0.05
         assert 0 < line["tis_min"] < 1 and 0 <= line["tis_truncated_share"] < 0.05

@@ -1,0 +1,97 @@
+"""What a run needs before its first step, on every rank alike: problems, model, tokenizer, lengths, number types.
+
+Whatever is wrong here is a ValueError of one line. What is small is looked at first, the model is fetched last.
+"""
+
+import os
+
+import torch
+
+import data
+import hub
+import memory
+import toy
+from config import VLLM_VERSION, ConfigError, check_model, check_vllm, context_length
+from distributed import check_gpus
+from eval import load_eval_data
+from reward import own
+
+
+def prepare(cfg, say):
+    """Resolve everything in `cfg` that is still open. Returns (folder of the model, tokenizer, problems, parts).
+
+    problems: what to train on; parts: name -> problems to evaluate on; dicts with id, problem, answer and prompt_ids.
+    say: prints a line, on rank 0. Raises ValueError.
+    """
+    check_gpus(check_vllm())
+    if cfg.reward:
+        own(cfg.reward)
+    problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(cfg.data, cfg.problem_key, cfg.answer_key, cfg.data_split, say)
+    problems, held_out = data.split_held_out(problems, cfg.held_out)
+    names = cfg.eval_data.split(",") if cfg.eval_every else []
+    parts = {name: held_out if name == "held_out" else load_eval_data(name, cfg.data_dir) for name in names}
+    folder = hub.model_folder(cfg.model) if cfg.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+    if cfg.model:
+        check_model(folder, cfg.tp)
+    tokenizer = data.load_tokenizer(folder)
+    problems, parts = fit(cfg, folder, tokenizer, problems, parts, say)
+    if cfg.dtype == "auto":
+        settle(cfg, "the machine", dtype="bfloat16" if torch.cuda.is_available() else "float32")
+    if cfg.rollout_dtype == "auto":
+        settle(cfg, "dtype", rollout_dtype=cfg.dtype)
+    if cfg.tis is None:
+        settle(cfg, "dtype and rollout_dtype", tis=0.0 if exact(cfg) else 2.0)
+    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    say(f"{world} rank{'s' * (world > 1)} on {torch.cuda.get_device_name() if cuda else 'CPU'}: training in {cfg.dtype}, vLLM {VLLM_VERSION} in "
+        f"{cfg.rollout_dtype}{' (its first start compiles for minutes)' * cuda}")
+    if cuda and os.environ.get("RANK", "0") == "0":
+        memory_plan(cfg, folder, world, say)
+    return folder, tokenizer, problems, parts
+
+
+def fit(cfg, folder, tokenizer, problems, parts, say):
+    """Choose template and style, fit lengths to the model's context, tokenise the prompts. Returns (problems, parts).
+
+    problems: list of problems to train on; parts: name -> list of problems to evaluate on.
+    """
+    if cfg.template == "auto":
+        settle(cfg, "the model", template="raw" if cfg.data == "toy" else data.default_template(cfg.model or folder, tokenizer))
+    if cfg.style == "auto":
+        settle(cfg, "the template", style=data.template_style(cfg.template))
+    context = context_length(folder)
+    if context and cfg.max_prompt + cfg.max_response > context:
+        if cfg.max_prompt >= context:
+            raise ConfigError(f"--max_prompt {cfg.max_prompt} leaves no room for a response in the model's context of {context} tokens")
+        if cfg.sources["max_response"] == "flag":
+            raise ConfigError(f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the model's context of {context} tokens")
+        settle(cfg, "fitted to the model's context", max_response=context - cfg.max_prompt)
+    say(f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the model's context is {context or 'not known'}")
+    problems, skipped = data.encode_prompts(problems, tokenizer, cfg.template, cfg.max_prompt)
+    if skipped:
+        say(f"skipped {skipped} of {skipped + len(problems)} prompts: longer than {cfg.max_prompt} tokens (--max_prompt)")
+    for name, part in parts.items():
+        parts[name], skipped = data.encode_prompts(part, tokenizer, cfg.template, cfg.max_prompt)
+        if skipped:
+            say(f"skipped {skipped} of {len(part)} prompts of {name}: longer than {cfg.max_prompt} tokens")
+    say(f"{len(problems)} problems, template {cfg.template}, judged by {cfg.reward or cfg.style}; the model sees "
+        f"{tokenizer.decode(problems[0]['prompt_ids'])!r}")
+    return problems, parts
+
+
+def settle(cfg, source, **values):
+    """Give values to what was left open, and note what decided."""
+    for name, value in values.items():
+        setattr(cfg, name, value)
+        cfg.sources[name] = source
+
+
+def exact(cfg):
+    """Whether trainer and engine both compute in float32, so that their log-probs differ by rounding alone."""
+    return cfg.dtype == cfg.rollout_dtype == "float32"
+
+
+def memory_plan(cfg, folder, world, say):
+    """Say whether the run will fit on the GPUs that are there: the verdict of --dry_run --gpus, on what they really have."""
+    size = torch.cuda.get_device_properties(0).total_memory / memory.GIB
+    lines = memory.report(cfg, world, round(size, 1), folder)
+    say("\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith(("fits", "does not fit", "memory:"))):]))
