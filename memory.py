@@ -36,6 +36,8 @@ SHAPES = {  # the models' own config.json, by the last part of the name
     "DeepSeek-R1-Distill-Qwen-7B": shape(*LARGE, False, 131072),
     "Qwen2.5-1.5B": shape(*SMALL, True, 131072),
     "Qwen2.5-7B": shape(*LARGE, False, 131072),
+    "Qwen3-1.7B-Base": shape("qwen3", 2048, 6144, 28, 16, 8, 151936, True, 32768, head_dim=128),
+    "Llama-3.2-3B-Instruct": shape("llama", 3072, 8192, 28, 24, 8, 128256, True, 131072, head_dim=128),
 }
 
 
@@ -200,6 +202,8 @@ def report(cfg, gpus, gpu_memory, model=None):
         return ["memory: the embedded default needs no plan, it is tiny" if cfg.model is None else
                 f"memory: the shape of {cfg.model} is not known here: give --model a folder with the config.json of a qwen2, qwen3 or llama model, "
                 f"or one of {', '.join(SHAPES)}"]
+    if s["heads"] % cfg.tp or s["kv_heads"] % cfg.tp and cfg.tp % s["kv_heads"]:
+        return [f"does not run: --tp {cfg.tp} does not divide the {s['heads']} attention heads and {s['kv_heads']} key-value heads of {model or cfg.model}"]
     p = plan(cfg, s, gpus, gpu_memory)
     engine, host, total, room = p["engine"], p["host"], p["total"], gpu_memory * GIB
 

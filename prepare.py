@@ -3,7 +3,10 @@
 Whatever is wrong here is a ValueError of one line. What is small is looked at first, the model is fetched last.
 """
 
+import hashlib
+import json
 import os
+from pathlib import Path
 
 import torch
 
@@ -11,10 +14,10 @@ import data
 import hub
 import memory
 import toy
-from config import VLLM_VERSION, ConfigError, check_model, check_vllm, context_length
+from config import SETTLED, VLLM_VERSION, ConfigError, check_vllm, context_length
 from distributed import check_gpus
 from eval import load_eval_data
-from reward import own
+from reward import Judge, own
 
 
 def prepare(cfg, say):
@@ -24,17 +27,30 @@ def prepare(cfg, say):
     say: prints a line, on rank 0. Raises ValueError.
     """
     check_gpus(check_vllm())
+    if cfg.template != "auto":
+        data.template_style(cfg.template)
     if cfg.reward:
         own(cfg.reward)
     problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(cfg.data, cfg.problem_key, cfg.answer_key, cfg.data_split, say)
     problems, held_out = data.split_held_out(problems, cfg.held_out)
     names = cfg.eval_data.split(",") if cfg.eval_every else []
     parts = {name: held_out if name == "held_out" else load_eval_data(name, cfg.data_dir) for name in names}
+    if cfg.reward:
+        with Judge(1) as judge:  # once, before the first thousand
+            try:
+                verdict, = judge.submit([("", problems[0]["answer"], cfg.reward)]).result()
+            except RuntimeError as error:
+                raise ValueError(error) from None
+        if verdict.reason not in (None, "wrong"):
+            raise ValueError(f"--reward {cfg.reward} gave no number for an empty response: {verdict.reason}")
     folder = hub.model_folder(cfg.model) if cfg.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
     if cfg.model:
-        check_model(folder, cfg.tp)
+        hub.check_model(folder, cfg.tp)
     tokenizer = data.load_tokenizer(folder)
     problems, parts = fit(cfg, folder, tokenizer, problems, parts, say)
+    cfg.fingerprint = fingerprint(folder, problems)
+    if cfg.resume and saved_fingerprint(cfg.out) not in (None, cfg.fingerprint):
+        raise ValueError(f"the run in {cfg.out} was on other problems or another kind of model: --model and --data may move, not change")
     if cfg.dtype == "auto":
         settle(cfg, "the machine", dtype="bfloat16" if torch.cuda.is_available() else "float32")
     if cfg.rollout_dtype == "auto":
@@ -64,7 +80,7 @@ def fit(cfg, folder, tokenizer, problems, parts, say):
             raise ConfigError(f"--max_prompt {cfg.max_prompt} leaves no room for a response in the model's context of {context} tokens")
         if cfg.sources["max_response"] == "flag":
             raise ConfigError(f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the model's context of {context} tokens")
-        settle(cfg, "fitted to the model's context", max_response=context - cfg.max_prompt)
+        settle(cfg, "the model's context", max_response=context - cfg.max_prompt)
     say(f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the model's context is {context or 'not known'}")
     problems, skipped = data.encode_prompts(problems, tokenizer, cfg.template, cfg.max_prompt)
     if skipped:
@@ -73,16 +89,34 @@ def fit(cfg, folder, tokenizer, problems, parts, say):
         parts[name], skipped = data.encode_prompts(part, tokenizer, cfg.template, cfg.max_prompt)
         if skipped:
             say(f"skipped {skipped} of {len(part)} prompts of {name}: longer than {cfg.max_prompt} tokens")
+    largest = max(tokenizer.eos_token_id, *(max(p["prompt_ids"]) for some in (problems, *parts.values()) for p in some))
+    if largest >= (vocabulary := json.loads((Path(folder) / "config.json").read_text())["vocab_size"]):
+        raise ConfigError(f"the tokenizer in {folder} gives ids up to {largest}, its model has {vocabulary}: they are not of one model")
     say(f"{len(problems)} problems, template {cfg.template}, judged by {cfg.reward or cfg.style}; the model sees "
         f"{tokenizer.decode(problems[0]['prompt_ids'])!r}")
     return problems, parts
+
+
+def fingerprint(folder, problems):
+    """A hash of what a run trains and on what: the model's config.json, but for who wrote it, prompts and answers."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    written_by = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+    found = hashlib.sha256(json.dumps({key: value for key, value in sorted(config.items()) if key not in written_by}).encode())
+    for problem in problems:
+        found.update(json.dumps([problem["prompt_ids"], problem["answer"]]).encode())
+    return found.hexdigest()
+
+
+def saved_fingerprint(out):
+    """That of the run in `out`, None where it has none."""
+    return json.loads((Path(out) / "config.json").read_text()).get("fingerprint")
 
 
 def settle(cfg, source, **values):
     """Give values to what was left open, and note what decided."""
     for name, value in values.items():
         setattr(cfg, name, value)
-        cfg.sources[name] = source
+        cfg.sources[name] = SETTLED + source
 
 
 def exact(cfg):

@@ -16,7 +16,6 @@ import functools
 import importlib
 import json
 import logging
-import math
 import os
 import queue
 import re
@@ -245,7 +244,7 @@ def own(function: str):
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise ValueError(f"reward {function}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"reward {function} is no function")
@@ -330,7 +329,7 @@ def _worker(parent: int) -> None:
     def judge_own(function: str, response: str, answer) -> dict:
         try:
             value = float(own(function)(response, answer))
-            if not math.isfinite(value):
+            if not abs(value) < 1e9:  # NaN too
                 raise ValueError(f"{value} is no reward")
             return Verdict(value, None if value == 1 else "wrong")._asdict()
         except Exception as error:

@@ -57,7 +57,8 @@ def main(argv=None):
     say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
     try:
         folder, tokenizer, problems, parts = prepare(cfg, say)
-    except ValueError as error:
+        os.makedirs(cfg.out, exist_ok=True)  # what cannot be written to is known now, not after the first step
+    except (ValueError, OSError) as error:
         exit_bad_input(error)
     with Judge(cfg.reward_workers) as judge:
         ranks = start(cfg.threads)
@@ -187,8 +188,10 @@ def open_run(cfg, done):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
+    if path.exists() and not cfg.resume:
+        raise RuntimeError(f"another run has begun in {out} since this one was started")
     earlier = json.loads(path.read_text())["argv"] if path.exists() else []
-    text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "torch": torch.__version__, "argv": [*earlier, sys.argv[1:]]}, indent=1)
+    text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "fingerprint": cfg.fingerprint, "torch": torch.__version__, "argv": [*earlier, sys.argv[1:]]}, indent=1)
     aside = out / "config.json.tmp"
     aside.write_text(text)
     aside.replace(path)
@@ -254,7 +257,9 @@ def frozen_log_probs(policy, batch, version, lam, snapshots, cfg, progress):
 def check_gap(gap, version, cfg):
     """Stop when sampler and trainer disagree by more than rounding: the engine has other weights, or another temperature."""
     bound = cfg.max_gap or GAP_BOUND[exact(cfg)]
-    if not gap <= bound:
+    if gap != gap:
+        raise RuntimeError(f"log-probs are not finite at version {version}: the policy has diverged (a smaller --lr?), or its weights never were")
+    if gap > bound:
         raise RuntimeError(f"mean |trainer - sampler| log-prob is {gap:.2e} at version {version}, above {bound:.0e} (--max_gap): "
                            "the engine's weights are not the trainer's")
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -182,8 +183,19 @@ def test_config_repeats_a_run(tmp_path):
     for flags in ("--algo grpo", "--preset paper-7b"):
         with pytest.raises(ConfigError, match=f"{flags.split()[0]} and --config"):
             parsed(f"--config {folder}/config.json {flags}")
+    cfg = parsed(f"--config {folder}/config.json --held_out 3 --eval_every 2")
+    assert (cfg.eval_data, cfg.held_out) == ("held_out", 3)
     with pytest.raises(ConfigError, match="nothing to repeat in nowhere.json"):
         parsed("--config nowhere.json")
+
+
+def test_what_a_run_settled_is_settled_anew(tmp_path):
+    """A CPU's float32 is no choice that a GPU should repeat; what an old file does not name comes from the rows."""
+    saved = {"values": dict(algo="remix-grpo", model="hub/Qwen2.5-Math-7B", dtype="float32", tis=0.0, template="r1", lr=0.5),
+             "sources": dict(dtype="settled by the machine", tis="settled by dtype", template="settled by the model", lr="flag")}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    cfg = parsed(f"--config {tmp_path}/config.json")
+    assert (cfg.dtype, cfg.tis, cfg.template, cfg.lr, cfg.reincarnate, cfg.group_size) == ("auto", None, "qwen-math", 0.5, 50, 8)
 
 
 def test_layers_override_each_other():
@@ -277,7 +289,10 @@ def bad_value(flags, *words, world=1):
     bad_value("--preset paper", "--preset", "paper-7b"), bad_value("--tis -1", "--tis", "0"), bad_value("--max_hours -1", "--max_hours", "0"),
     bad_value("--rollout_dtype int8", "--rollout_dtype", "bfloat16"), bad_value("--reward exact", "--reward", "MODULE:FUNCTION"),
     bad_value("--reward a/b.py:f", "--reward", "MODULE:FUNCTION"), bad_value("--gpus 8", "--dry_run"),
-    bad_value("--dry_run --gpus 8 --gpu_memory 0", "--gpu_memory"),
+    bad_value("--dry_run --gpus 8 --gpu_memory 0", "--gpu_memory"), bad_value("--dry_run --gpu_memory 24", "--gpus"),
+    bad_value("--dry_run --gpus 12 --hsdp", "machines of 8"), bad_value("--steps 100000000000", "--steps", "1e+06"),
+    bad_value("--window 1000000000000", "--window"), bad_value("--lr 1e300", "--lr"), bad_value("--threads 100000", "--threads"),
+
 ])
 def test_bad_values(flags, words, world):
     with pytest.raises(ConfigError) as error:
@@ -392,6 +407,67 @@ def test_bad_reward_functions(refuse, tmp_path, small_model, monkeypatch):
     assert "No module named 'absent'" in refuse(*common, "--reward", "absent:f")
     assert "has no attribute 'f'" in refuse(*common, "--reward", "mine:f")
     assert "no function" in refuse(*common, "--reward", "mine:three")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    assert "SystemExit" in refuse(*common, "--reward", "leaves:f")
+
+
+@pytest.mark.parametrize("body, why", [
+    ("f(response, answer, more)", "missing 1 required"), ("f(r, a): return None #", "TypeError"), ("f(r, a): return float('nan') #", "no reward"),
+    ("f(r, a): return 1e308 #", "no reward"), ("f(r, a): import os; os._exit(0) #", "crash")])
+def test_rewards_that_give_no_number(refuse, tmp_path, small_model, monkeypatch, body, why):
+    """Found before the model is loaded, not after the first thousand responses."""
+    import prepare
+    from reward import Judge
+    (tmp_path / "my_way.py").write_text(f"def {body}:\n    pass\n" if "return" not in body and "exit" not in body else f"def {body}\n")
+    sys.modules.pop("my_way", None)
+    monkeypatch.setattr(prepare, "Judge", Judge)  # `refuse` forbids only the trainer's
+    said = refuse("--model", small_model, "--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100, "--reward", "my_way:f")
+    assert why in said and "my_way:f" in said
+
+
+def test_a_template_is_looked_at_before_anything_is_fetched(refuse, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "nowhere.txt" in refuse("--model", "Qwen2.5-Math-7B", "--template", "nowhere.txt", "--out", "run")
+
+
+def test_a_folder_that_cannot_be_written(refuse, tmp_path, small_model):
+    (tmp_path / "file").write_text("mine")
+    common = ("--model", small_model, "--data", problems(tmp_path, FINE), "--max_prompt", 100)
+    assert "file" in refuse(*common, "--out", tmp_path / "file" / "run") and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_that_began_in_the_meantime(tmp_path):
+    """Between the check and the first write lies the loading of a model."""
+    import train
+    cfg = parsed(f"--out {tmp_path}")
+    cfg.fingerprint = "0"
+    train.open_run(cfg, 0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "eval_accuracy": null}\n')
+    with pytest.raises(RuntimeError, match="another run has begun"):
+        train.open_run(cfg, 0)
+    assert (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_run_is_resumed_on_its_own_problems(refuse, tmp_path, small_model, monkeypatch):
+    """Paths may move; other problems, other answers and another shape of model are refused."""
+    import shutil
+
+    import prepare
+    path = problems(tmp_path, FINE)
+    encoded = prepare.data.encode_prompts(prepare.data.load_problems(path), prepare.data.load_tokenizer(small_model), "r1", 100)[0]
+    held = saved_run(tmp_path / "held", model=str(small_model), data=str(path), template="r1", style="think", max_prompt=100, max_response=100)
+    saved = json.loads((held / "config.json").read_text())
+    saved["fingerprint"] = prepare.fingerprint(small_model, encoded)
+    (held / "config.json").write_text(json.dumps(saved))
+    for text in (FINE.replace('"2"', '"3"'), FINE.replace("1+1", "1+2"), FINE + FINE.replace("1+1", "3+3")):
+        assert "other problems" in refuse("--resume", "--out", held, "--data", problems(tmp_path, text, "others.jsonl"))
+    moved = shutil.copytree(small_model, tmp_path / "moved")
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert "another kind of model" in refuse("--resume", "--out", held, "--model", moved)
+    (moved / "config.json").write_text(json.dumps(config | {"transformers_version": "9"}))
+    cfg = parse(["--resume", "--out", str(held), "--data", str(problems(tmp_path, FINE, "moved.jsonl")), "--model", str(moved)])
+    assert prepare.prepare(cfg, lambda line: None)[2][0]["prompt_ids"] == encoded[0]["prompt_ids"]
 
 
 def test_what_cannot_be_fetched(refuse, small_model, tmp_path, monkeypatch):
@@ -460,13 +536,60 @@ def test_a_head_of_its_own_in_a_tied_model(refuse, tmp_path, model_copy):
     """transformers keeps both, sharding would make one of them of the two; a copy of the embedding is fine."""
     from safetensors.torch import load_file, save_file
 
-    from config import check_model
+    from hub import check_model
     settings, weights = json.loads((model_copy / "config.json").read_text()), load_file(model_copy / "model.safetensors")
     (model_copy / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
     said = refuse("--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100, "--model", model_copy)
     assert "tie_word_embeddings" in said and "set it to false" in said
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, model_copy / "model.safetensors")
     check_model(model_copy)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(model_type="mistral"), "type mistral"), (dict(quantization_config={}), "quantized"), (dict(num_hidden_layers=3), "all 3 layers"),
+    (dict(num_attention_heads="two"), "no positive number"), (dict(vocab_size=None), "no positive number"), (dict(hidden_size=128), "[1024, 128]")])
+def test_config_of_a_model_that_does_not_fit(refuse, tmp_path, model_copy, changes, words):
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
+    said = refuse("--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100, "--model", model_copy)
+    assert words in said or "vocab_size" in changes and "vocab_size" in said
+
+
+def test_weights_that_are_not_whole(refuse, tmp_path, model_copy):
+    common = ("--data", problems(tmp_path, FINE), "--out", "run", "--max_prompt", 100, "--model", model_copy)
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors", "lm_head.weight": "model.safetensors"}}
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors is missing" in refuse(*common)
+    (model_copy / "model.safetensors.index.json").write_text("[]")
+    assert "no model folder" in refuse(*common)
+    (model_copy / "model.safetensors.index.json").unlink()
+    data = (model_copy / "model.safetensors").read_bytes()
+    (model_copy / "model.safetensors").write_bytes(data[:-10])
+    assert "not whole" in refuse(*common)
+
+
+def test_heads_against_tensor_parallel_ranks(tmp_path, small_model):
+    from hub import check_model
+    config = json.loads((small_model / "config.json").read_text())
+    folder = Path(shutil.copytree(small_model, tmp_path / "heads"))
+    for heads, kv, tp, fine in ((6, 3, 2, False), (6, 3, 3, True), (4, 2, 4, True), (28, 4, 8, False), (2, 1, 2, True)):
+        (folder / "config.json").write_text(json.dumps(config | dict(num_attention_heads=heads, num_key_value_heads=kv)))
+        if fine:
+            check_model(folder, tp)
+        else:
+            with pytest.raises(ValueError, match=f"--tp {tp} does not divide"):
+                check_model(folder, tp)
+    assert any("does not run: --tp 8" in line for line in dry_run(parsed("--model Qwen2.5-Math-7B --tp 8 --dry_run --gpus 8")).splitlines())
+
+
+def test_tokenizer_of_another_model(refuse, tmp_path, model_copy):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(model_copy)
+    tokenizer.add_tokens([f"more{i}" for i in range(100)])
+    tokenizer.save_pretrained(model_copy)
+    path = problems(tmp_path, FINE + FINE.replace("1+1", "more99"))
+    said = refuse("--data", path, "--out", "run", "--max_prompt", 100, "--model", model_copy)
+    assert "its model has 1024" in said
 
 
 def test_model_without_tokenizer(refuse, tmp_path, model_copy):
@@ -577,7 +700,7 @@ def test_long_prompts_are_skipped_once_and_the_response_fitted(tmp_path, small_m
     kept, parts = prepare.fit(cfg, str(small_model), tokenizer, everything, {"all": everything}, said.append)
     assert [problem["id"] for problem in kept] == ["problems/0"] and list(parts) == ["all"] and parts["all"] == kept
     assert len(kept[0]["prompt_ids"]) <= 120
-    assert cfg.max_response == 512 - 120 and cfg.sources["max_response"] == "fitted to the model's context"
+    assert cfg.max_response == 512 - 120 and cfg.sources["max_response"] == "settled by the model's context"
     assert sum("skipped 3 of 4 prompts:" in line for line in said) == sum("skipped 3 of 4 prompts of all:" in line for line in said) == 1
     assert sum("prompts take up to 120 tokens, responses up to 392; the model's context is 512" in line for line in said) == 1
     seen = [line for line in said if "the model sees" in line]  # once, word for word

@@ -65,7 +65,7 @@ def test_parameters_of_a_folder(config, tmp_path):
 
 def test_parameters_of_the_known_names():
     for name, s in SHAPES.items():
-        config = Qwen2Config(hidden_size=s["hidden"], intermediate_size=s["intermediate"], num_hidden_layers=s["layers"], vocab_size=s["vocab"],
+        config = AutoConfig.for_model(s["kind"], head_dim=s["head_dim"], hidden_size=s["hidden"], intermediate_size=s["intermediate"], num_hidden_layers=s["layers"], vocab_size=s["vocab"],
                              num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], tie_word_embeddings=s["tied"])
         with torch.device("meta"):
             assert parameters(s) == numel(AutoModelForCausalLM.from_config(config)), name

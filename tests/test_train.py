@@ -354,7 +354,8 @@ def test_importance_sampling_is_on_in_bfloat16(own_run, real_run):
     saved = json.loads((folder / "config.json").read_text())["values"]
     assert (saved["tis"], saved["dtype"], saved["rollout_dtype"]) == (2.0, "bfloat16", "bfloat16")
     sources = json.loads((folder / "config.json").read_text())["sources"]
-    assert (sources["tis"], sources["dtype"], sources["rollout_dtype"]) == ("dtype and rollout_dtype", "flag", "dtype")
+    assert (sources["tis"], sources["dtype"], sources["rollout_dtype"]) == (
+        "settled by dtype and rollout_dtype", "flag", "settled by dtype")
     for line in metrics_of(folder)[1:]:
         assert 1e-5 < line["gap_mean"] < 0.05 and abs(line["tis_mean"] - 1) < 0.05
         assert 0 < line["tis_min"] < 1 and 0 <= line["tis_truncated_share"] < 0.05
@@ -500,18 +501,22 @@ def benchmark_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluations(toy_runs, guesser, benchmark_dir, tmp_path_factory):
-    """(stdout, folder) of eval.py on the trained toy model, and on a named benchmark with one rank and with two."""
+def evaluations(toy_runs, own_run, guesser, easy_problems, benchmark_dir, tmp_path_factory):
+    """(stdout, folder) of eval.py on the trained toy model, on the best model of a user's own run, and on a named benchmark with one rank
+    and with two."""
     out = tmp_path_factory.mktemp("eval")
     named = ("--model", guesser, "--benchmarks", "aime24", "--data_dir", benchmark_dir, "--k", 2, "--max_prompt", 400,
              "--max_response", 24)
     default = ("--model", toy_runs["whole"] / "model", "--k", 2, "--temperature", 1)
+    best = own_run[0] / "best"
     with ThreadPoolExecutor(2) as pool:
+        own = pool.submit(launched, "eval.py", "--model", best, "--benchmarks", f"{easy_problems},{easy_problems}", "--reward", "mine:even",
+                          "--max_prompt", 200, "--max_response", 24, env={"PYTHONPATH": str(own_run[0].parent)})
         on_toy = pool.submit(launched, "eval.py", *default, "--out", out / "toy")
         two = pool.submit(launched, "eval.py", *named, "--out", out / "two", ranks=2)
         one = pool.submit(launched, "eval.py", *named, "--out", out / "one")
         done = {"toy": on_toy.result(), "one": one.result(), "two": two.result()}
-    return {name: (text, out / name) for name, text in done.items()}
+    return {name: (text, out / name) for name, text in done.items()} | {"own": (own.result(), own_run[0] / "eval-best")}
 
 
 def test_eval_on_the_trained_toy(evaluations):
@@ -534,6 +539,17 @@ def test_eval_on_the_trained_toy(evaluations):
     assert cells[1:3] == ["128", "2"] and cells[3:6] == [
         f"{100 * score['pass@1']:.2f}", f"{100 * score['standard_error']:.2f}", f"{score['length_mean']:.1f}"]
     assert stdout.splitlines()[-1] == str(folder)
+
+
+def test_eval_of_a_run_takes_its_template(evaluations, own_run, easy_problems):
+    """And a reward of one's own; a benchmark that is named twice is evaluated once."""
+    stdout, folder = evaluations["own"]
+    scores, rows = results_of(folder)
+    (name, score), = scores.items()
+    assert name == str(easy_problems) and score["template"].endswith("chat.json") and score["style"] == "mine:even"
+    assert score["n"] == len(rows) > 30 and stdout.splitlines()[-1] == str(folder)
+    for row in rows:
+        assert row["reward"] == (0 if row["truncated"] else 1 if len(row["response"]) % 2 == 0 else 0.25)
 
 
 def test_eval_on_a_benchmark_with_one_rank_and_two(evaluations, benchmark_dir):
