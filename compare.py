@@ -26,8 +26,8 @@ from config import parse, schedule, total_rollouts
 ROOT = Path(__file__).resolve().parent
 ROWS = ("ppo", "ppo --utd 2", "grpo", "grpo --utd 2", "mix-ppo", "mix-grpo", "remix-ppo", "remix-grpo")
 EVAL_ROLLOUTS = 256  # about so many fresh rollouts between two evaluations
-MACHINE = {"out", "resume", "max_gap", "micro_tokens", "chunk_tokens", "engine_memory", "reward_workers", "dtype", "template",
-           "style"}  # no settings, or resolved when the run starts
+MACHINE = {"out", "resume", "max_gap", "micro_tokens", "chunk_tokens", "engine_memory", "reward_workers", "dtype", "rollout_dtype",
+           "template", "style"}  # no settings, or resolved when the run starts
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # runs side by side on few cores; quiet
 
 

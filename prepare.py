@@ -57,11 +57,8 @@ def prepare(cfg, say):
         settle(cfg, "dtype", rollout_dtype=cfg.dtype)
     if cfg.tis is None:
         settle(cfg, "dtype and rollout_dtype", tis=0.0 if exact(cfg) else 2.0)
-    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    say(f"{world} rank{'s' * (world > 1)} on {torch.cuda.get_device_name() if cuda else 'CPU'}: training in {cfg.dtype}, vLLM {VLLM_VERSION} in "
-        f"{cfg.rollout_dtype}{' (its first start compiles for minutes)' * cuda}")
-    if cuda and os.environ.get("RANK", "0") == "0":
-        memory_plan(cfg, folder, world, say)
+    if os.environ.get("RANK", "0") == "0":  # alone, on its own GPU: to ask for a GPU's name may claim some of its memory
+        describe_machine(cfg, folder, int(os.environ.get("WORLD_SIZE", 1)), say)
     return folder, tokenizer, problems, parts
 
 
@@ -124,8 +121,12 @@ def exact(cfg):
     return cfg.dtype == cfg.rollout_dtype == "float32"
 
 
-def memory_plan(cfg, folder, world, say):
-    """Say whether the run will fit on the GPUs that are there: the verdict of --dry_run --gpus, on what they really have."""
-    size = torch.cuda.get_device_properties(0).total_memory / memory.GIB
-    lines = memory.report(cfg, world, round(size, 1), folder)
-    say("\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith(("fits", "does not fit", "memory:"))):]))
+def describe_machine(cfg, folder, world, say):
+    """Say on what the run trains and, on GPUs, whether it will fit: the verdict of --dry_run --gpus, on what they really have."""
+    cuda = torch.cuda.is_available()
+    say(f"{world} rank{'s' * (world > 1)} on {torch.cuda.get_device_name() if cuda else 'CPU'}: training in {cfg.dtype}, vLLM {VLLM_VERSION} in "
+        f"{cfg.rollout_dtype}{' (its first start compiles for minutes)' * cuda}")
+    if cuda:
+        size = torch.cuda.get_device_properties(0).total_memory / memory.GIB
+        lines = memory.report(cfg, world, round(size, 1), folder)
+        say("\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith(("fits", "does not", "memory:"))):]))

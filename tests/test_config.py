@@ -668,16 +668,19 @@ def test_missing_gpus_reach_the_user(refuse, monkeypatch):
 
 
 def test_memory_of_the_gpus_that_are_there(monkeypatch, tmp_path):
-    """The verdict alone, on eight GPUs of 79.6 GiB, and on one."""
+    """The machine and the verdict, on eight GPUs of 79.6 GiB, and on one."""
     import torch
 
     import prepare
     from types import SimpleNamespace
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=79.6 * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     for world, words in ((8, "fits: "), (1, "does not fit: needs")):
         said = []
-        prepare.memory_plan(parsed("--model Qwen2.5-Math-7B"), "Qwen2.5-Math-7B", world, said.append)
-        assert len(said) == 1 and said[0].startswith(words) and "79.6" in said[0] and ("--offload_optimizer" in said[0]) == (world == 1)
+        prepare.describe_machine(parsed("--model Qwen2.5-Math-7B"), "Qwen2.5-Math-7B", world, said.append)
+        assert len(said) == 2 and said[0].startswith(f"{world} rank") and "on a GPU: training in" in said[0]
+        assert said[1].startswith(words) and "79.6" in said[1] and ("--offload_optimizer" in said[1]) == (world == 1)
 
 
 def test_lengths_against_the_context(refuse, tmp_path, small_model, capfd):

@@ -21,6 +21,7 @@ from conftest import command, comparable, metrics_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import compare
 import data
 import toy
 from config import dry_run, parse
@@ -438,6 +439,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(toy_runs):
         assert (half / name).read_bytes() == (whole / name).read_bytes(), name
     saved = json.loads((half / "config.json").read_text())
     assert saved["values"]["steps"] == 6 and saved["values"]["prompts"] == 20 and "resume" in saved["sources"]["steps"]
+
+
+def test_a_real_run_has_the_settings_that_it_was_asked_for(toy_runs):
+    """compare.py goes on with runs made by these flags: what a run settles for itself is no other setting."""
+    assert compare.other_settings(toy_runs["whole"], [*TOY, "--steps", "6"]) == {}
+    assert set(compare.other_settings(toy_runs["whole"], [*TOY, "--steps", "6", "--utd", "3"])) == {"utd"}
 
 
 def test_kl_and_ratio_start_again_at_reincarnation(toy_runs):
