@@ -31,7 +31,12 @@ def prepare(cfg, say):
         data.template_style(cfg.template)
     if cfg.reward:
         own(cfg.reward)
-    problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(cfg.data, cfg.problem_key, cfg.answer_key, cfg.data_split, say)
+    try:
+        problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(
+            cfg.data, cfg.problem_key, cfg.answer_key, cfg.data_split, say)
+    except hub.HubError as error:
+        more = "" if os.path.isdir(cfg.model) else f" (with --model {cfg.model} in the same command, if that is not there either)"
+        raise ValueError(f"{error}{more}") from None
     problems, held_out = data.split_held_out(problems, cfg.held_out)
     names = cfg.eval_data.split(",") if cfg.eval_every else []
     parts = {name: held_out if name == "held_out" else load_eval_data(name, cfg.data_dir) for name in names}

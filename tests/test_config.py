@@ -473,7 +473,8 @@ def test_a_run_is_resumed_on_its_own_problems(refuse, tmp_path, small_model, mon
 def test_what_cannot_be_fetched(refuse, small_model, tmp_path, monkeypatch):
     """Data sets before models: what is small is looked up first. Nothing listens at this address."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "python hub.py --data agentica-org/DeepScaleR-Preview-Dataset" in refuse("--model", "Qwen2.5-Math-7B", "--out", "run")
+    said = refuse("--model", "Qwen2.5-Math-7B", "--out", "run")
+    assert "python hub.py --data agentica-org/DeepScaleR-Preview-Dataset" in said and "--model Qwen2.5-Math-7B in the same" in said
     path = problems(tmp_path, FINE)
     assert "python hub.py --model Qwen/Qwen2.5-Math-7B" in refuse("--model", "Qwen2.5-Math-7B", "--data", path, "--out", "run")
     assert "OWNER/NAME" in refuse("--model", "unheard-of", "--data", path, "--out", "run")
