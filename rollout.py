@@ -148,9 +148,10 @@ class Engine:
 
 def as_response(output):
     """vLLM's completion as plain tensors."""
-    tokens, logp = list(output.token_ids), output.logprobs.logprobs  # flat: with logprobs=0 one number a token, the chosen one's
-    if output.logprobs.token_ids != tokens:
-        raise RuntimeError(f"the engine returned {len(output.logprobs.token_ids)} log-probs that are not those of its {len(tokens)} tokens")
+    tokens, flat = list(output.token_ids), output.logprobs
+    if [flat.token_ids[i] for i in flat.start_indices] != tokens:  # the sampled token comes first at each position
+        raise RuntimeError(f"the engine returned {len(flat.start_indices)} log-probs that are not those of its {len(tokens)} tokens")
+    logp = [flat.logprobs[i] for i in flat.start_indices]
     return dict(response=torch.tensor(tokens), logp_sampler=torch.tensor(logp, dtype=torch.float32), truncated=output.finish_reason == "length")
 
 

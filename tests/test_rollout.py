@@ -11,7 +11,7 @@ from conftest import command
 from transformers import AutoModelForCausalLM
 from workers import LENGTH, PROMPTS, tiny_model
 
-from rollout import request_seed
+from rollout import as_response, request_seed
 from train import generate
 
 EOS = 1
@@ -87,6 +87,8 @@ def test_order_of_calls_around_sleep(one):
     """Memory for the weights, the weights, then the cache, before anything is generated; no wake-up without weights."""
     wake = ["wake ['weights']", "reload_weights ['a', 'b']", "reset cache", "wake ['kv_cache']", "generate"]
     assert one["sleeping"]["calls"] == ["sleep 2", *wake, "sleep 2", *wake, "sleep 2", *wake]
+    for r in one["sleeping"]["responses"]:  # the first log-prob of a position is the sampled token's
+        assert r["response"].tolist() == [4] and r["logp_sampler"].tolist() == [-0.5]
     assert "expandable_segments" in one["sleeping"]["nothing freed"]
     assert "older weights" in one["sleeping"]["old blocks"][0] and "version None" in one["sleeping"]["old blocks"][1]
     assert one["put to sleep"] == 1  # from the start: the trainer fills the memory before the first update
@@ -214,3 +216,14 @@ def test_every_response_of_a_run_has_a_seed_of_its_own():
             assert s["version"] == version and s["answer"] == str(s["prompt_index"])
             assert s["prompt"].tolist() == [s["prompt_index"], 9]
     assert len(set(asked)) == len(asked) == 2 * 3 * 3 * 4
+
+
+def test_log_probs_of_other_tokens_are_refused():
+    flat = SimpleNamespace(token_ids=[4, 7, 9], logprobs=[-0.5, -0.1, -2.0], start_indices=[0, 2])
+    output = SimpleNamespace(token_ids=(4, 9), logprobs=flat, finish_reason="length")
+    found = as_response(output)
+    assert found["logp_sampler"].tolist() == [-0.5, -2.0] and found["truncated"]
+    for tokens in ((4, 7), (4,), (4, 9, 9)):
+        output.token_ids = tokens
+        with pytest.raises(RuntimeError, match="not those of"):
+            as_response(output)

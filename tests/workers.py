@@ -370,7 +370,7 @@ class RecordingLLM:
 
     def generate(self, requests, parameters, use_tqdm):
         self.calls.append("generate")
-        answer = Has(token_ids=(4,), logprobs=Has(token_ids=[4], logprobs=[-0.5]), finish_reason="stop")
+        answer = Has(token_ids=(4,), logprobs=Has(token_ids=[4, 7], logprobs=[-0.5, -0.1], start_indices=[0]), finish_reason="stop")
         return [Has(outputs=[answer]) for _ in requests]
 
 
@@ -383,7 +383,7 @@ def sleeping(engine):
     engine.sleep()  # what its constructor does where a trainer follows
     for version in (4, 5):
         engine.update(version, iter(pairs), {"a", "b"})
-        ask(engine, [0, 1], version=version)
+        seen["responses"] = ask(engine, [0, 1], version=version)
         engine.sleep()
     seen["asleep"] = [refused(lambda: ask(engine, [0], version=version)) for version in (4, 5, None)]
     engine.update(5, iter(pairs), {"a", "b"})  # the version is the same, the weights were dropped
