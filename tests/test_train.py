@@ -298,7 +298,8 @@ def own_run(guesser, easy_problems, benchmark_dir, tmp_path_factory):
     """(folder of the run, folder of its repetition, their output)."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "mine.py").write_text("def even(response, answer):\n    return 1 if len(response) % 2 == 0 else 0.25\n")
-    (folder / "chat.json").write_text('[{"role": "user", "content": "My way. {problem}"}]')
+    chat = [{"role": "user", "content": data.TEMPLATES["r1"]("My way. {problem}")[0]["content"]}]  # so that the guesser knows what to do
+    (folder / "chat.json").write_text(json.dumps(chat))
     flags = ("--algo ppo --steps 3 --prompts 12 --minibatch 6 --max_prompt 200 --max_response 24 --lr 3e-4 --critic_lr 3e-4 --samples 1000 "
              "--dtype bfloat16 --held_out 10 --eval_every 1 --eval_k 2 --save_every 1 --keep 10 --eval_data held_out,aime24").split()
     flags += ["--model", guesser, "--data", easy_problems, "--data_dir", benchmark_dir, "--template", folder / "chat.json"]
@@ -313,7 +314,7 @@ def test_own_template_and_reward(own_run):
     samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
     assert all(s["prompt"].startswith("<user>My way. ") for s in samples) and len({s["prompt"] for s in samples}) > 20
     shown = [line for line in stdout.splitlines() if "the model sees" in line]
-    assert len(shown) == 1 and "'<user>My way. " in shown[0] and "judged by mine:even" in shown[0]
+    assert len(shown) == 1 and "<user>My way. " in shown[0] and "judged by mine:even" in shown[0]
     for line in metrics_of(folder)[1:]:
         now = [s for s in samples if s["step"] == line["step"]]
         for s in now:
@@ -328,10 +329,17 @@ def test_evaluation_in_parts(own_run, easy_problems):
     """Held-out problems, which are not trained on, by the run's own reward; a benchmark always by math."""
     folder, _, stdout, _ = own_run
     lines = metrics_of(folder)
+    skipped = {name: int(n) for n, name in re.findall(r"^skipped (\d+) of \d+ prompts of (\w+):", stdout, re.M)}  # too long
+    responses = {name: 2 * (n - skipped.get(name, 0)) for name, n in (("held_out", 10), ("aime24", 30))}
+    quarters = dict(held_out=0, aime24=0)
     for line in lines:
         parts = line["eval_accuracy_by_part"]
         assert list(parts) == ["held_out", "aime24"] and line["eval_accuracy"] == pytest.approx(sum(parts.values()) / 2)
-        assert parts["held_out"] > 0.24 > parts["aime24"]  # the own reward gives 0.25 at least to what ends in time
+        for name, n in responses.items():
+            right = parts[name] * n
+            assert right * 4 == pytest.approx(round(right * 4), abs=1e-6)
+            quarters[name] += abs(right - round(right)) > 0.1
+    assert quarters["held_out"] > 0 == quarters["aime24"]  # 0.25 is the own reward's, 0 or 1 are math's
     held_out = {p["problem"] for p in data.split_held_out(data.load_problems(easy_problems), 10)[1]}
     asked = {json.loads(line)["prompt"] for line in open(folder / "samples.jsonl")}
     assert len(held_out) == 10 and not any(prompt.startswith(f"<user>My way. {text}<") for prompt in asked for text in held_out)
