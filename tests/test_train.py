@@ -342,7 +342,7 @@ def test_evaluation_in_parts(own_run, easy_problems):
     assert quarters["held_out"] > 0 == quarters["aime24"]  # 0.25 is the own reward's, 0 or 1 are math's
     held_out = {p["problem"] for p in data.split_held_out(data.load_problems(easy_problems), 10)[1]}
     asked = {json.loads(line)["prompt"] for line in open(folder / "samples.jsonl")}
-    assert len(held_out) == 10 and not any(prompt.startswith(f"<user>My way. {text}<") for prompt in asked for text in held_out)
+    assert len(held_out) == 10 and not any(prompt.startswith(f"<user>My way. {text} Let's") for prompt in asked for text in held_out)
     n = int(re.search(r"^(\d+) problems, template", stdout, re.M)[1])  # some prompts were too long
     assert 24 < n <= len(data.load_problems(easy_problems)) - 10
     assert [line["epoch"] for line in lines[1:]] == pytest.approx([0, 12 / n, 24 / n])
