@@ -89,6 +89,7 @@ def main(argv=None):
     import data
     import hub
     import toy
+    from reward import Judge, own
 
     parser = argparse.ArgumentParser(prog="eval.py", description="pass@1 on math benchmarks", allow_abbrev=False)
     parser.add_argument("--model", help="folder, or name on the hub, of a Hugging Face model; none: the embedded default")
@@ -125,6 +126,8 @@ def main(argv=None):
         vllm = check_vllm()
         if (out / "results.json").exists():
             raise ConfigError(f"{out} already holds results: choose another --out")
+        if args.reward:
+            own(args.reward)
         problems = {name: load_eval_data(name, args.data_dir) for name in names}
         folder = hub.model_folder(args.model) if args.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
         if args.model:
@@ -143,9 +146,6 @@ def main(argv=None):
         check_gpus(vllm)
         if max_response < 1:
             raise ConfigError(f"a prompt of {longest} tokens fills the model's context of {context}: lower --max_prompt")
-        if args.reward:
-            from reward import own
-            own(args.reward)
         os.makedirs(out, exist_ok=True)  # what cannot be written to is known before the evaluation
     except (ValueError, OSError) as error:
         exit_bad_input(error)
@@ -156,7 +156,6 @@ def main(argv=None):
     import torch.distributed as dist
 
     from distributed import start
-    from reward import Judge
     from rollout import Engine, stop_tokens
 
     with Judge(args.reward_workers) as judge:

@@ -16,6 +16,8 @@ import re
 import sys
 from pathlib import Path
 
+from memory import splits
+
 # the beginning of a bare name: its owner
 OWNERS = {"Qwen": "Qwen", "DeepSeek-": "deepseek-ai", "Llama-": "meta-llama", "Meta-Llama-": "meta-llama"}
 MODEL_TYPES = ("qwen2", "qwen3", "llama")  # a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
@@ -100,7 +102,7 @@ def check_model(folder, tp=1):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"--model {folder} is no model folder that can be trained ({why}); it needs config.json and whole *.safetensors") from None
-    if heads % tp or kv_heads % tp and tp % kv_heads:
+    if not splits(tp, heads, kv_heads):
         raise ValueError(f"--tp {tp} does not divide the {heads} attention heads and {kv_heads} key-value heads of {folder}")
 
 

@@ -60,6 +60,11 @@ def shape_of(model):
         return None
 
 
+def splits(tp, heads, kv_heads):
+    """Whether vLLM can share these attention heads out to `tp` ranks; it repeats key-value heads where there are fewer."""
+    return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+
 def layer_parameters(s):
     """Parameters of one decoder layer."""
     h, i, q, kv = s["hidden"], s["intermediate"], s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
@@ -108,7 +113,7 @@ def plan(cfg, s, gpus, gpu_memory):
     c = 4 if cfg.dtype == "float32" else 2  # bytes a number: the trainer's compute type, then the engine's
     r = {"float32": 4, "auto": c}.get(cfg.rollout_dtype, 2)
     shards = min(gpus, NODE) if cfg.hsdp else gpus
-    length = min(cfg.max_prompt + cfg.max_response, s["context"] or math.inf)  # train.py's fit() cuts responses to the context
+    length = min(cfg.max_prompt + cfg.max_response, s["context"] or math.inf)  # prepare.py's fit() cuts responses to the context
     tokens = max(cfg.micro_tokens, length)  # a longer row stands alone
     layer, root, embedding, n = layer_parameters(s), root_parameters(s), s["vocab"] * s["hidden"], parameters(s)
 
@@ -163,7 +168,7 @@ def choices(cfg, s, gpus):
     same = dict(activation_checkpointing=[True] * (not cfg.activation_checkpointing), hsdp=[False] * cfg.hsdp,
                 micro_tokens=[n for n in halves if length / 2 < n < cfg.micro_tokens], chunk_tokens=[n for n in halves if n < cfg.chunk_tokens],
                 engine_memory=sorted((i / 20 for i in range(2, 19)), key=lambda share: abs(share - cfg.engine_memory)),
-                tp=[n for n in (2, 4, 8) if n > cfg.tp and gpus % n == 0 and s["heads"] % n == 0],
+                tp=[n for n in (2, 4, 8) if n > cfg.tp and gpus % n == 0 and splits(n, s["heads"], s["kv_heads"])],
                 offload_optimizer=[True] * (not cfg.offload_optimizer))
     other = dict(anchor=["old"] * (cfg.convex and cfg.anchor == "prev"), max_response=[cfg.max_response // 2, cfg.max_response // 4],
                  advantage=["group"] * (cfg.advantage == "gae"), gpus=[gpus * 2**i for i in range(1, 8)])
@@ -202,7 +207,7 @@ def report(cfg, gpus, gpu_memory, model=None):
         return ["memory: the embedded default needs no plan, it is tiny" if cfg.model is None else
                 f"memory: the shape of {cfg.model} is not known here: give --model a folder with the config.json of a qwen2, qwen3 or llama model, "
                 f"or one of {', '.join(SHAPES)}"]
-    if s["heads"] % cfg.tp or s["kv_heads"] % cfg.tp and cfg.tp % s["kv_heads"]:
+    if not splits(cfg.tp, s["heads"], s["kv_heads"]):
         return [f"does not run: --tp {cfg.tp} does not divide the {s['heads']} attention heads and {s['kv_heads']} key-value heads of {model or cfg.model}"]
     p = plan(cfg, s, gpus, gpu_memory)
     engine, host, total, room = p["engine"], p["host"], p["total"], gpu_memory * GIB

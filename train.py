@@ -191,7 +191,8 @@ def open_run(cfg, done):
     if path.exists() and not cfg.resume:
         raise RuntimeError(f"another run has begun in {out} since this one was started")
     earlier = json.loads(path.read_text())["argv"] if path.exists() else []
-    text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "fingerprint": cfg.fingerprint, "torch": torch.__version__, "argv": [*earlier, sys.argv[1:]]}, indent=1)
+    text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "fingerprint": cfg.fingerprint, "torch": torch.__version__,
+                       "argv": [*earlier, sys.argv[1:]]}, indent=1)
     aside = out / "config.json.tmp"
     aside.write_text(text)
     aside.replace(path)
