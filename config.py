@@ -383,6 +383,8 @@ def check_files(cfg):
         hub.check_model(cfg.model, cfg.tp)  # a name on the hub is looked up, and checked, by prepare.py
     if cfg.model is None and cfg.data != "toy":
         raise ConfigError("--data needs --model: the embedded default knows no task but its own")
+    if cfg.sources["data_split"] == "flag" and (cfg.data == "toy" or Path(cfg.data).exists()):
+        raise ConfigError(f"--data_split is of data sets on the hub, and {cfg.data} is none: leave it out")
     if cfg.eval_every and cfg.eval_data is None:
         raise ConfigError("--eval_every needs --eval_data: files of problems, benchmarks' names or held_out")
     if (cfg.sources["eval_data"] == "flag" or cfg.held_out) and not cfg.eval_every:

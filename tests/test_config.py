@@ -480,6 +480,10 @@ def test_what_cannot_be_fetched(refuse, small_model, tmp_path, monkeypatch):
     assert "OWNER/NAME" in refuse("--model", "unheard-of", "--data", path, "--out", "run")
 
 
+def test_a_split_of_a_file(refuse, tmp_path, small_model):
+    assert "--data_split" in refuse("--model", small_model, "--data", problems(tmp_path, FINE), "--data_split", "test", "--out", "run")
+
+
 def test_model_and_data_go_together(refuse, tmp_path):
     assert "--model" in refuse("--data", problems(tmp_path, FINE), "--out", "run")
 
