@@ -79,6 +79,13 @@ class ConfigError(ValueError):
     """Bad input from the user. Its text is one line: what is wrong and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with ConfigError in place of its usage page."""
+
+    def error(self, message):
+        raise ConfigError(f"{message} (see --help)")
+
+
 def flag(default, help, source="ours", choices=None):
     return field(default=default, metadata=dict(help=help, source=source, choices=choices))
 
@@ -232,12 +239,7 @@ def matching(rows, algo):
 
 
 def parse_flags(argv):
-    """The flags that were given, typed. Raises ConfigError in place of argparse's usage page."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise ConfigError(f"{message} (see --help)")
-
+    """The flags that were given, typed. Raises ConfigError."""
     parser = Parser(prog="train.py", description="Train a language model with ReMix (arXiv 2507.06892). Defaults shown are "
                     "the paper's scale; the rows of --algo, of the kind of model and of --preset (config.py) go before them, in this order.",
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False)

@@ -20,6 +20,11 @@ import hub
 # The paper's five benchmarks and their sizes (arXiv 2507.06892). "amc" is the set behind its AMC'23 column, AMC 12 of
 # 2022 and 2023 together; "amc23" is 2023 alone, which other papers call AMC'23.
 BENCHMARKS = {"aime24": 30, "amc": 83, "amc23": 40, "math500": 500, "minerva": 272, "olympiadbench": 675}
+# name: the file in the authors' repository, and what content() makes of its problems; amc23 is the end of amc
+SOURCE = "AnitaLeungxx/ReMix-Off-Policy-RFT/1f5d21165995cba3f3dc05e29d7dce7b643dc121/deepscaler/data/test"
+SOURCES = {"aime24": ("aime.json", "b5334984ccd54ba2"), "amc": ("amc.json", "675736b91bad988b"), "amc23": ("amc.json", "b436e5cd030bb40e"),
+           "math500": ("math.json", "53a30bdcb8a6b9f9"), "minerva": ("minerva.json", "9d1c3e98af98ee19"),
+           "olympiadbench": ("olympiad_bench.json", "55da9de899fab853")}
 
 HUB_NAME = re.compile(r"(?!.*\.[a-zA-Z]\w*$)\w[\w.-]*(/\w[\w.-]*){1,2}")  # OWNER/NAME[/CONFIG] that ends in no file's suffix
 
@@ -166,24 +171,38 @@ def _short(value) -> str:
 
 
 def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list[dict]:
-    """The problems of one of BENCHMARKS, from NAME.jsonl in data_dir or its benchmarks/ (default: $REMIX_DATA).
+    """The problems of one of BENCHMARKS: from NAME.jsonl in data_dir or its benchmarks/ (default: $REMIX_DATA), else from SOURCE,
+    downloaded once by one process of the machine.
 
-    Raises ValueError for an unknown name, a missing folder or file, and a file of any other length than the benchmark.
+    Raises ValueError for an unknown name, a missing file, and one that does not hold exactly the benchmark's problems and answers:
+    scores under its name would not compare.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
-    folder = data_dir or os.environ.get("REMIX_DATA")
-    if not folder:
-        raise ValueError(f"no folder to read benchmark {name} from: pass --data_dir (or set REMIX_DATA)")
-    paths = [Path(folder) / f"{name}.jsonl", Path(folder) / "benchmarks" / f"{name}.jsonl"]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise ValueError(f"no {name}.jsonl in {folder} or its benchmarks folder: pass the --data_dir that has it")
-    problems = load_problems(path)
-    if len(problems) != BENCHMARKS[name]:
-        raise ValueError(f"{path}: {len(problems)} problems, but {name} has {BENCHMARKS[name]}; get the whole file, or "
-                         "scores would not compare")
+    folder, n, (file, digest) = data_dir or os.environ.get("REMIX_DATA"), BENCHMARKS[name], SOURCES[name]
+    if folder:
+        paths = [Path(folder) / f"{name}.jsonl", Path(folder) / "benchmarks" / f"{name}.jsonl"]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise ValueError(f"no {name}.jsonl in {folder} or its benchmarks folder: pass the --data_dir that has it, or none to download it")
+        problems = load_problems(path)
+    else:
+        path = hub.public_file(f"{SOURCE}/{file}")
+        problems = load_problems(path)[-n if name == "amc23" else 0:]
+        for row, problem in enumerate(problems):
+            problem["id"] = f"{name}/{row}"
+    if len(problems) != n:
+        raise ValueError(f"{path}: {len(problems)} problems, but {name} has {n}; get the whole file, or scores would not compare")
+    if content(problems) != digest:
+        raise ValueError(f"{path}: its problems or answers are not those of {name} (checksum {content(problems)}, not {digest}): get it again, "
+                         "or evaluate on it under its own name, as a file")
     return problems
+
+
+def content(problems: list[dict]) -> str:
+    """A checksum of problems and answers, in their order, white space apart."""
+    rows = [["".join(text.split()) for text in (p["problem"], *([p["answer"]] if isinstance(p["answer"], str) else p["answer"]))] for p in problems]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------

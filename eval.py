@@ -1,30 +1,45 @@
-"""Score a model: pass@1 on named benchmarks.
+"""Score a model on math benchmarks: pass@1 with its standard error, pass@k, maj@k.
 
-    python eval.py --model DIR --benchmarks aime24,math500 --data_dir DATA --k 4 --temperature 0.6
-    torchrun --nproc_per_node 8 eval.py --model DIR …         # the same numbers, for any number of ranks
-    python eval.py --benchmarks toy --k 2                      # the embedded default on its own held-out problems
+    python eval.py --model DIR_OR_NAME --benchmarks aime24,math500 --k 4 --temperature 0.6
+    torchrun --nproc_per_node 8 eval.py --model DIR_OR_NAME --preset paper   # the paper's protocol beside its published rows
+    python eval.py --benchmarks toy --k 2                                    # the embedded default on its own held-out problems
+    python eval.py --rejudge RUN/eval                                        # judge the responses on disk again
+    python eval.py --compare A/results.json B/results.json                   # is the difference more than chance?
 
-The trainer evaluates through evaluate() as well, on its own engine.
+The output folder holds results.json, samples.jsonl (every response), results.png, and settings.json from the start: interrupted, the same
+command goes on after the samples on disk. The numbers do not depend on the number of ranks. The trainer evaluates through evaluate(), too.
 """
 
 import argparse
+import functools
+import hashlib
+import importlib.metadata
 import json
-import math
 import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from config import ConfigError, check_vllm, context_length, exit_bad_input
+import hub
+import score
+from config import VLLM_VERSION, ConfigError, Parser, check_vllm, context_length, exit_bad_input
+from reward import Judge, final_answer, own
 
-# Self-reflection keywords of the authors' evaluation code, matched as they do: substrings of the lower-cased response.
-REFLECTION = ("verify re-examine double-check why validate abduct question check but wait confirm scrutinize analyze investigate "
-              "probe").split() + ["root cause"]
+CHUNK = 512  # responses of an engine between two writes to samples.jsonl: so many at most are generated again after an interruption
+MACHINE = {"out", "tp", "engine_memory", "threads", "reward_workers", "data_dir"}  # flags that no score depends on
 
 
-def reflects(text):
-    """Whether a response holds at least one self-reflection keyword."""
-    text = text.lower()
-    return any(keyword in text for keyword in REFLECTION)
+class Part(NamedTuple):
+    """k samples at one temperature for each problem (dicts with prompt_ids) of a benchmark."""
+
+    name: str  # "aime24", with --preset paper "aime24 greedy" or "aime24 T=0.1"
+    problems: list
+    temperature: float
+    k: int
+    style: str
+    template: str
+    skipped: int
 
 
 def load_eval_data(name, data_dir=None):
@@ -36,163 +51,287 @@ def load_eval_data(name, data_dir=None):
     return data.load_problems(name) if "/" in name or Path(name).suffix else data.load_benchmark(name, data_dir)
 
 
-def evaluate(engine, judge, tokenizer, problems, version, k, temperature, max_tokens, style, seed):
-    """Sample k responses to each problem (dicts with prompt_ids) and judge them.
+def evaluate(engine, judge, tokenizer, problems, version, k, temperature, max_tokens, style, seed, done=frozenset(), write=None):
+    """Sample k responses to each problem (dicts with prompt_ids) and judge them, while the next ones are generated.
 
-    Returns one row a response, on every rank: id, sample, reward (0 or 1), reason, length (tokens), truncated, response. A collective.
+    Returns one row a response, on every rank: what score.py reads, and sample, prompt, gold. `done`: (id, sample) of responses to leave out;
+    write(rows) is called with each finished chunk of rows. A collective.
     """
     from distributed import gather
     from rollout import request_seed
 
-    asked = [(problem, sample) for problem in problems for sample in range(k)]
-    responses = engine.generate([problem["prompt_ids"] for problem, _ in asked],
-                                [request_seed(seed, "eval", version, problem["id"], sample) for problem, sample in asked],
-                                version, temperature, max_tokens)
-    rank, world = engine.ranks.rank, engine.ranks.world
-    rows = [dict(id=problem["id"], sample=sample, length=len(response["response"]), truncated=response["truncated"],
-                 response=tokenizer.decode(response["response"], skip_special_tokens=True), answer=problem["answer"])
-            for (problem, sample), response in list(zip(asked, responses))[rank::world]]
-    judge_rows(judge, rows, style)
-    parts = gather(rows)
-    return [parts[i % world][i // world] for i in range(len(asked))]
+    ranks, rows, waiting = engine.ranks, [], []
+
+    def finish(mine, pending, count):
+        for row, verdict in zip([row for row in mine if not row["truncated"]], pending.result()):
+            row.update(verdict._asdict())
+        parts = gather(mine)
+        rows.extend(chunk := [parts[i % ranks.world][i // ranks.world] for i in range(count)])
+        if write:
+            write(chunk)
+
+    asked = [(problem, sample) for problem in problems for sample in range(k) if (problem["id"], sample) not in done]
+    size = CHUNK * ranks.world // engine.tp
+    for begin in range(0, len(asked), size):
+        chunk = asked[begin:begin + size]
+        responses = engine.generate([problem["prompt_ids"] for problem, _ in chunk],
+                                    [request_seed(seed, "eval", version, problem["id"], sample) for problem, sample in chunk],
+                                    version, temperature, max_tokens)
+        mine = [as_row(tokenizer, problem, sample, response, style)
+                for (problem, sample), response in list(zip(chunk, responses))[ranks.rank::ranks.world]]
+        waiting.append((mine, judge_rows(judge, mine, style), len(chunk)))
+        if len(waiting) > 1:
+            finish(*waiting.pop(0))
+    for chunk in waiting:
+        finish(*chunk)
+    return rows
+
+
+def as_row(tokenizer, problem, sample, response, style):
+    """A row without a verdict; a truncated response needs none: it is wrong whatever it says."""
+    text, truncated = tokenizer.decode(response["response"], skip_special_tokens=True), response["truncated"]
+    return dict(id=problem["id"], sample=sample, prompt=tokenizer.decode(problem["prompt_ids"]), response=text,
+                judged=None if truncated else final_answer(text, style), gold=problem["answer"], reward=0.0, reason="truncated",
+                length=len(response["response"]), truncated=truncated)
 
 
 def judge_rows(judge, rows, style):
-    """Add reward and reason to rows with response, answer and truncated. A truncated response is wrong whatever it says."""
-    complete = [row for row in rows if not row["truncated"]]
-    verdicts = judge.submit([(row["response"], row["answer"], style) for row in complete]).result()
-    for row in rows:
-        row.update(reward=0.0, reason="truncated")
-    for row, verdict in zip(complete, verdicts):
-        row.update(reward=verdict.reward, reason=verdict.reason)
+    """The Future of the verdicts on those rows that are not truncated."""
+    return judge.submit([(row["response"], row["gold"], style) for row in rows if not row["truncated"]])
 
 
-def summarise(rows):
-    """Scores of a list of rows: pass@1 with the standard error over problems, n, k, lengths, truncated and unjudged by reason."""
-    per_problem = {}
-    for row in rows:
-        per_problem.setdefault(row["id"], []).append(row["reward"])
-    means = [sum(rewards) / len(rewards) for rewards in per_problem.values()]
-    n, mean = len(means), sum(means) / len(means)
-    variance = sum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else 0.0
-    reasons = {}
-    for row in rows:
-        if row["reason"] not in (None, "wrong"):
-            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-    return {"pass@1": mean, "standard_error": math.sqrt(variance / n), "n": n, "k": len(rows) // n,
-            "length_mean": sum(row["length"] for row in rows) / len(rows),
-            "truncated_share": sum(row["truncated"] for row in rows) / len(rows),
-            "reflection_rate": sum(reflects(row["response"]) for row in rows) / len(rows), "unjudged": reasons}
-
-
-def main(argv=None):
+def parse(argv):
+    """Flags -> checked arguments. Raises ConfigError."""
     import data
-    import hub
-    import toy
-    from reward import Judge, own
-
-    parser = argparse.ArgumentParser(prog="eval.py", description="pass@1 on math benchmarks", allow_abbrev=False)
-    parser.add_argument("--model", help="folder, or name on the hub, of a Hugging Face model; none: the embedded default")
-    parser.add_argument("--benchmarks", default="toy", help="comma-separated: toy, " + ", ".join(data.BENCHMARKS))
-    parser.add_argument("--k", type=int, default=1, help="samples per problem")
-    parser.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0: greedy")
-    parser.add_argument("--data_dir", help="folder of benchmark files NAME.jsonl; none: $REMIX_DATA")
-    parser.add_argument("--template", default="auto", help=f"prompt template: {', '.join(data.TEMPLATES)}, or a file; auto: that of the run for "
-                        "RUN/model and RUN/best, else chosen by the model")
-    parser.add_argument("--reward", help="your own reward, MODULE:FUNCTION, in place of right or wrong")
-    parser.add_argument("--max_prompt", type=int, default=1024, help="longest prompt (tokens); longer ones are counted and skipped")
-    parser.add_argument("--max_response", type=int, default=8192, help="longest response (tokens), fitted to the model's context")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks per engine")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--engine_memory", type=float, default=0.9, help="share of GPU memory for vLLM")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads per rank")
-    parser.add_argument("--reward_workers", type=int, default=2, help="judging processes per rank")
-    parser.add_argument("--out", help="folder for results.json and samples.jsonl; none: RUN/eval for RUN/model, else eval/MODEL")
+    parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="folder, or name on the hub, of a Hugging Face model; none: the embedded default")
+    add("--preset", choices=["paper"], help="the paper's protocol: its five benchmarks, greedy and at T = 0.1 (32 samples on aime24 and amc), 8192 tokens")
+    add("--benchmarks", help=f"comma-separated: toy, {', '.join(data.BENCHMARKS)}, files of problems, or data sets OWNER/NAME on the hub [toy]")
+    add("--k", type=int, help="samples per problem [1]; greedy takes one")
+    add("--temperature", type=float, help="sampling temperature [0.6]; 0: greedy")
+    add("--data_dir", help="folder of benchmark files NAME.jsonl; none: $REMIX_DATA, else they are downloaded once, to HF_HOME")
+    add("--template", default="auto", help=f"prompt template: {', '.join(data.TEMPLATES)}, or a file [auto: that of the run for RUN/model and RUN/best, "
+        "else chosen by the model]")
+    add("--reward", help="your own reward, MODULE:FUNCTION, in place of right or wrong")
+    add("--max_prompt", type=int, default=2048, help="longest prompt (tokens); longer ones are counted and skipped [%(default)s]")
+    add("--max_response", type=int, default=8192, help="longest response (tokens), shorter where the model's context ends [%(default)s]")
+    add("--seed", type=int, default=0, help="of every request [%(default)s]")
+    add("--tp", type=int, default=1, help="tensor-parallel ranks per engine [%(default)s]")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="type of computation [auto: bfloat16 on a GPU, float32 on a CPU]")
+    add("--engine_memory", type=float, default=0.9, help="share of GPU memory for vLLM [%(default)s]")
+    add("--threads", type=int, default=1, help="CPU threads per rank [%(default)s]")
+    add("--reward_workers", type=int, default=2, help="judging processes per rank [%(default)s]")
+    add("--out", help="output folder [RUN/eval for RUN/model, RUN/eval-best for RUN/best, else eval/MODEL; DIR/rejudged for --rejudge DIR]")
+    add("--rejudge", metavar="DIR", help="judge the responses of an earlier evaluation again, generating nothing")
+    add("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two results.json: paired differences with bootstrap intervals")
     args = parser.parse_args(argv)
-
+    for name, least in dict(k=1, max_prompt=1, max_response=1, temperature=0, tp=1, threads=1, reward_workers=1).items():
+        if getattr(args, name) is not None and not getattr(args, name) >= least:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: at least {least} is needed")
+    if not ((args.temperature or 0) < 100 and 0 < args.engine_memory < 1 and 0 <= args.seed < 2**32):
+        raise ConfigError("--temperature must lie below 100, --engine_memory in (0, 1), --seed in [0, 2^32)")
+    if int(os.environ.get("WORLD_SIZE", 1)) % args.tp:
+        raise ConfigError(f"{os.environ['WORLD_SIZE']} ranks cannot be divided into tensor-parallel groups of --tp {args.tp}")
     path = Path(args.model or "toy").resolve()
     beside = {"model": "eval", "best": "eval-best"}.get(path.name)  # RUN/model -> RUN/eval
-    out = Path(args.out or (path.parent / beside if beside else Path("eval") / path.name))
-    first, names = os.environ.get("RANK", "0") == "0", list(dict.fromkeys(args.benchmarks.split(",")))
+    args.out = Path(args.out or (Path(args.rejudge) / "rejudged" if args.rejudge else path.parent / beside if beside else Path("eval") / path.name))
+    if (args.out / "results.json").exists() and not args.compare:
+        raise ConfigError(f"{args.out} already holds results: choose another --out, or judge its responses again with --rejudge {args.out}")
+    if args.template != "auto":
+        data.template_style(args.template)
+    if args.reward:
+        own(args.reward)
+    return args
+
+
+def prepare(args, say):
+    """Everything that a generation needs. Returns (parts, folder of the model, tokenizer, longest sequence (tokens)). Raises ValueError."""
+    import data
+    import toy
+    vllm = check_vllm()
+    names = list(dict.fromkeys((args.benchmarks or (",".join(score.PAPER) if args.preset else "toy")).split(",")))
+    problems = {name: load_eval_data(name, args.data_dir) for name in names}
+    folder = hub.model_folder(args.model) if args.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+    if args.model:
+        hub.check_model(folder, args.tp)
+    tokenizer, context = data.load_tokenizer(folder), context_length(folder)
+    from distributed import check_gpus  # PyTorch, late: what needs no more than a look is said by now
+    check_gpus(vllm)
+    template = args.template if args.template != "auto" else (
+        of_run(args.model, "template") or data.default_template(args.model or folder, tokenizer))
+    parts = []
+    for name in names:
+        chosen = "raw" if name == "toy" else template
+        encoded, skipped = data.encode_prompts(problems[name], tokenizer, chosen, min(args.max_prompt, (context or 10**9) - 1))
+        if skipped:
+            say(f"skipped {skipped} of {len(problems[name])} prompts of {name}: longer than --max_prompt {args.max_prompt}, or than the model's context")
+        for temperature in (0.0, 0.1) if args.preset and args.temperature is None else (0.6 if args.temperature is None else args.temperature,):
+            k = args.k or (32 if args.preset and name in ("aime24", "amc") else 1)
+            label = f"{name} {f'T={temperature:g}' if temperature else 'greedy'}" if args.preset else name
+            parts.append(Part(label, encoded, temperature, k if temperature else 1, args.reward or data.template_style(chosen), chosen, skipped))
+    longest = max(len(problem["prompt_ids"]) for part in parts for problem in part.problems)
+    length = min(longest + args.max_response, context or 10**9)
+    if length < longest + args.max_response:
+        say(f"responses may have {args.max_response} tokens, fewer where the model's context of {context} ends: {context - longest} after the longest prompt")
+    return parts, folder, tokenizer, length
+
+
+def of_run(model, name):
+    """The value `name` of the run whose model/ or best/ this is; None where it is no run's."""
     try:
-        for name, least in dict(k=1, max_prompt=1, max_response=1, temperature=0, tp=1, threads=1, reward_workers=1).items():
-            if not getattr(args, name) >= least:
-                raise ConfigError(f"--{name} is {getattr(args, name)}: at least {least} is needed")
-        if not (args.temperature < 100 and 0 < args.engine_memory < 1 and 0 <= args.seed < 2**32):
-            raise ConfigError("--temperature must lie below 100, --engine_memory in (0, 1), --seed in [0, 2^32)")
-        if int(os.environ.get("WORLD_SIZE", 1)) % args.tp:
-            raise ConfigError(f"{os.environ['WORLD_SIZE']} ranks cannot be divided into tensor-parallel groups of --tp {args.tp}")
-        vllm = check_vllm()
-        if (out / "results.json").exists():
-            raise ConfigError(f"{out} already holds results: choose another --out")
-        if args.reward:
-            own(args.reward)
-        problems = {name: load_eval_data(name, args.data_dir) for name in names}
-        folder = hub.model_folder(args.model) if args.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
-        if args.model:
-            hub.check_model(folder, args.tp)
-        tokenizer = data.load_tokenizer(folder)
-        skipped = {}
-        for name in names:
-            template = trained_with(path) or data.default_template(args.model or folder, tokenizer) if args.template == "auto" else args.template
-            template = "raw" if name == "toy" else template
-            problems[name], skipped[name] = data.encode_prompts(problems[name], tokenizer, template, args.max_prompt)
-            problems[name] = problems[name], args.reward or data.template_style(template), template
-        longest = max(len(problem["prompt_ids"]) for rows, *_ in problems.values() for problem in rows)
-        context = context_length(folder)
-        max_response = min(args.max_response, context - longest) if context else args.max_response
-        from distributed import check_gpus  # PyTorch, late: what needs no more than a look is said by now
-        check_gpus(vllm)
-        if max_response < 1:
-            raise ConfigError(f"a prompt of {longest} tokens fills the model's context of {context}: lower --max_prompt")
-        os.makedirs(out, exist_ok=True)  # what cannot be written to is known before the evaluation
-    except (ValueError, OSError) as error:
-        exit_bad_input(error)
-    if first and max_response < args.max_response:
-        print(f"responses are limited to {max_response} tokens: the model's context is {context}, the longest prompt {longest}")
-
-    import torch
-    import torch.distributed as dist
-
-    from distributed import start
-    from rollout import Engine, stop_tokens
-
-    with Judge(args.reward_workers) as judge:
-        ranks = start(args.threads)
-        if args.dtype == "auto":
-            args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        args.rollout_dtype = args.dtype
-        engine = Engine(folder, longest + max_response, args, ranks, version=0, stop=stop_tokens(tokenizer))
-        scores, rows = {}, []
-        for name, (encoded, style, template) in problems.items():
-            found = evaluate(engine, judge, tokenizer, encoded, 0, args.k, args.temperature, max_response, style, args.seed)
-            scores[name] = summarise(found) | {"skipped": skipped[name], "template": template, "style": style}
-            rows += [row | {"benchmark": name} for row in found]
-    if ranks.first:
-        print(table(scores))
-        (out / "results.json").write_text(json.dumps({"scores": scores, "settings": vars(args)}, indent=1))
-        with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        print(out)
-    dist.destroy_process_group()
-
-
-def trained_with(model):
-    """The template of the run whose model/ or best/ this is; None where it is no run's."""
-    try:
-        return json.loads((model.parent / "config.json").read_text())["values"]["template"]
+        return json.loads((Path(model).resolve().parent / "config.json").read_text())["values"][name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def table(scores):
-    """The console table: one row a benchmark, n always shown."""
-    lines = [f"{'benchmark':<14} {'n':>4} {'k':>3} {'pass@1':>7} {'± s.e.':>7} {'tokens':>8} {'truncated':>9} {'unjudged':>8}"]
-    for name, s in scores.items():
-        lines.append(f"{name:<14} {s['n']:>4} {s['k']:>3} {100 * s['pass@1']:>7.2f} {100 * s['standard_error']:>7.2f} {s['length_mean']:>8.1f} "
-                     f"{s['truncated_share']:>9.3f} {sum(s['unjudged'].values()):>8}")
-    return "\n".join(lines)
+def describe(args, parts, folder):
+    """The settings of an evaluation, as written down: all flags, what they led to, and the versions of what computed it."""
+    import torch
+
+    import data
+    weights = hashlib.sha256()  # the end of every file: other weights differ there, and 15 GB need not be read
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        weights.update(hub.digest(file, max(0, file.stat().st_size - (1 << 16)), file.stat().st_size))
+    versions = dict(torch=torch.__version__, vllm=VLLM_VERSION, transformers=importlib.metadata.version("transformers"),
+                    math_verify=importlib.metadata.version("math-verify"), python=sys.version.split()[0], commit=commit())
+    flags = {name: value for name, value in vars(args).items() if name not in ("compare", "rejudge")}
+    return flags | dict(out=str(args.out), weights=weights.hexdigest()[:16], versions=versions, base=of_run(args.model, "model") or args.model, parts={
+        part.name: dict(k=part.k, temperature=part.temperature, template=part.template, style=part.style, skipped=part.skipped,
+                        problems=data.content(part.problems)) for part in parts})
+
+
+def commit():
+    """The git commit of this code, with "+" where files differ from it; None outside a repository."""
+    def git(*words):
+        return subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def begin(out, settings):
+    """Make the output folder, or go on with what is there. Returns the rows of samples.jsonl. Raises ConfigError for other settings."""
+    os.makedirs(out, exist_ok=True)
+    path, found = out / "settings.json", {}
+    if path.exists():
+        found = json.loads(path.read_text())
+        for name in settings:
+            if name not in MACHINE and found.get(name) != json.loads(json.dumps(settings[name])):
+                raise ConfigError(f"{out} holds an unfinished evaluation with another {name} ({found.get(name)}, now {settings[name]}): "
+                                  "say the same to go on with it, or choose another --out")
+    path.write_text(json.dumps(settings, indent=1))
+    samples = out / "samples.jsonl"
+    rows = read_rows(samples) if samples.exists() else []
+    aside = samples.with_name("samples.jsonl.tmp")  # without an unfinished last line
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    aside.replace(samples)
+    return rows
+
+
+def read_rows(path):
+    """The rows of a samples.jsonl; an unfinished last line is left out. Raises ValueError with the line's number."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+                rows[-1]["part"], rows[-1]["gold"], rows[-1]["response"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if not line.endswith("\n"):
+                    return rows
+                raise ValueError(f"{path}, line {number}: no row of eval.py ({type(error).__name__}: {error})") from None
+    return rows
+
+
+def finish(out, settings, rows):
+    """Scores of all rows: the console's table, results.json and the picture."""
+    parts = {name: [row for row in rows if row["part"] == name] for name in settings["parts"]}
+    scores = {name: score.summarise(some) | settings["parts"][name] for name, some in parts.items()}
+    problems = {name: {id: sum(row["reward"] for row in some) / len(some) for id, some in score.by_problem(part).items()} for name, part in parts.items()}
+    print("\n".join(score.table(scores)))
+    if settings["preset"]:
+        print("\n".join(score.published(scores, settings["model"], settings["base"] or "")))
+    score.chart(scores, out / "results.png", settings["model"] or "the embedded default")
+    aside = out / "results.json.tmp"
+    aside.write_text(json.dumps({"scores": scores, "settings": settings, "problems": problems}, indent=1))
+    aside.replace(out / "results.json")
+    print(out)
+
+
+def rejudge(args):
+    """Judge the rows of an earlier evaluation again, by its own styles or --reward."""
+    try:
+        settings = json.loads((Path(args.rejudge) / "settings.json").read_text())
+        rows = read_rows(Path(args.rejudge) / "samples.jsonl")
+        styles = {name: args.reward or part["style"] for name, part in settings["parts"].items()}
+        if not rows or any(row["part"] not in styles for row in rows):
+            raise ValueError("samples.jsonl is empty, or not of these settings")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--rejudge {args.rejudge}: no evaluation to judge again ({error})") from None
+    before = [row["reward"] for row in rows]
+    with Judge(args.reward_workers) as judge:
+        for name, style in styles.items():
+            some = [row for row in rows if row["part"] == name and not row["truncated"]]
+            for row, verdict in zip(some, judge_rows(judge, some, style).result()):
+                row.update(verdict._asdict(), judged=final_answer(row["response"], style))
+            settings["parts"][name]["style"] = style
+    settings |= dict(reward=args.reward or settings["reward"], out=str(args.out), rejudged=args.rejudge,
+                     versions=settings["versions"] | dict(math_verify=importlib.metadata.version("math-verify"), rejudged_by=commit()))
+    os.makedirs(args.out, exist_ok=True)
+    (args.out / "settings.json").write_text(json.dumps(settings, indent=1))
+    (args.out / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{sum(a != row['reward'] for a, row in zip(before, rows))} of {len(rows)} verdicts changed")
+    finish(args.out, settings, rows)
+
+
+def main(argv=None):
+    first = os.environ.get("RANK", "0") == "0"
+    say = functools.partial(print, flush=True) if first else lambda *_: None
+    try:
+        args = parse(argv)
+        if args.compare:
+            return print("\n".join(score.compare(*args.compare)))
+        if args.rejudge:
+            return rejudge(args)
+        parts, folder, tokenizer, length = prepare(args, say)
+        import torch
+        if args.dtype == "auto":
+            args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        settings = describe(args, parts, folder) if first else None
+        rows = begin(args.out, settings) if first else None  # what cannot be written to is known before the evaluation
+    except (ValueError, OSError) as error:
+        exit_bad_input(error)
+
+    import torch.distributed as dist
+
+    from distributed import gather, start
+    from rollout import Engine, stop_tokens
+
+    args.rollout_dtype = args.dtype
+    with Judge(args.reward_workers) as judge:
+        if any(part.style != "hash" for part in parts):
+            judge.start()  # before CUDA does
+        ranks = start(args.threads)
+        done = gather([(row["part"], row["id"], row["sample"]) for row in rows] if first else None)[0]
+        if done:
+            say(f"going on after {len(done)} responses of an interrupted evaluation")
+        file = open(args.out / "samples.jsonl", "a", encoding="utf-8") if first else None
+
+        def write(part, chunk):
+            if first:
+                file.writelines(json.dumps({"part": part} | row) + "\n" for row in chunk)
+                file.flush()
+
+        engine = Engine(folder, length, args, ranks, version=0, stop=stop_tokens(tokenizer))
+        for part in parts:
+            evaluate(engine, judge, tokenizer, part.problems, 0, part.k, part.temperature, args.max_response, part.style, args.seed,
+                     {(id, sample) for name, id, sample in done if name == part.name}, functools.partial(write, part.name))
+    if first:
+        file.close()
+        finish(args.out, settings, read_rows(args.out / "samples.jsonl"))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

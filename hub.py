@@ -2,6 +2,7 @@
 
     python hub.py --model Qwen2.5-Math-7B                              # fetches, prints the folder
     python hub.py --data agentica-org/DeepScaleR-Preview-Dataset       # fetches, prints the number of rows
+    python hub.py --benchmarks                                         # fetches the five benchmarks
 
 What lies whole in the cache (HF_HOME) is taken from there without asking the hub, so a run does not change when the hub
 does; `hf cache rm` makes it forget. Weights are safetensors and data sets plain files: nothing fetched here is executed.
@@ -9,11 +10,13 @@ does; `hf cache rm` makes it forget. Weights are safetensors and data sets plain
 
 import argparse
 import hashlib
+import http.client
 import json
 import logging
 import os
 import re
 import sys
+import urllib.request
 from pathlib import Path
 
 from memory import splits
@@ -148,6 +151,31 @@ def dataset_rows(name: str, split: str = "train"):
     return _fetch("data", name, cached, fetched)
 
 
+def public_file(name: str) -> Path:
+    """The file OWNER/REPOSITORY/COMMIT/PATH of a public GitHub repository, in HF_HOME, downloaded first if need be ($REMIX_MIRROR: from
+    another server with the same paths). All ranks may call it at the same time. Raises HubError."""
+    from filelock import FileLock
+    from huggingface_hub import constants
+    path = Path(constants.HF_HOME, "remix", *name.split("/"))
+    if path.exists():
+        return path
+    server = os.environ.get("REMIX_MIRROR", "https://raw.githubusercontent.com")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(path.name + ".lock")):
+            if not path.exists():  # another process may have fetched it meanwhile
+                if constants.HF_HUB_OFFLINE:
+                    raise OSError("HF_HUB_OFFLINE is set")
+                with urllib.request.urlopen(f"{server}/{name}", timeout=TIMEOUT) as answer:
+                    aside = path.with_name(path.name + ".tmp")
+                    aside.write_bytes(answer.read())
+                    aside.rename(path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise HubError(f"{name} is not in {constants.HF_HOME} and could not be fetched from {server} ({type(error).__name__}: {one_line(error)}): run "
+                       "`python hub.py --benchmarks` with internet access, then copy or share HF_HOME, or pass --data_dir") from None
+    return path
+
+
 class HubError(ValueError):
     """One line: what is wrong and what to do."""
 
@@ -205,20 +233,25 @@ def one_line(error):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="hub.py", description="Fetch a model or a data set into HF_HOME.")
+    parser = argparse.ArgumentParser(prog="hub.py", description="Fetch a model, a data set or the benchmarks into HF_HOME.")
     parser.add_argument("--model", metavar="NAME", help="OWNER/NAME, or NAME of a well-known owner")
     parser.add_argument("--data", metavar="NAME", help="OWNER/NAME, or OWNER/NAME/CONFIG")
     parser.add_argument("--split", default="train", help="split of --data [default train]")
+    parser.add_argument("--benchmarks", action="store_true", help="the benchmarks of eval.py")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     args = parser.parse_args(argv)
     try:
-        if not (args.model or args.data):
-            raise ValueError("nothing to fetch: give --model NAME or --data NAME")
+        if not (args.model or args.data or args.benchmarks):
+            raise ValueError("nothing to fetch: give --model NAME, --data NAME or --benchmarks")
         if args.model:
             print(f"{args.model}: {model_folder(args.model)}")
         if args.data:
             rows = dataset_rows(args.data, args.split)
             print(f"{args.data}: {len(rows)} rows in split {args.split}, columns {', '.join(rows.column_names)}")
+        if args.benchmarks:
+            import data
+            for name in data.BENCHMARKS:
+                print(f"{name}: {len(data.load_benchmark(name))} problems")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from config import total_rollouts
 from distributed import gather
 from loss import kl
 
+UNJUDGED = ("no_box", "no_think", "parse_failure", "timeout", "crash")  # reasons of reward.Verdict
 STARTED = time.perf_counter()  # of this process, but for its first imports
 
 # name -> one line of explanation; every line of metrics.jsonl has exactly these keys, null where a step has no such thing
@@ -29,7 +30,12 @@ METRICS = {
     "length_mean": "mean length of the fresh responses (tokens)",
     "length_max": "longest fresh response (tokens)",
     "truncated_share": "share of fresh responses cut at --max_response; they get reward 0",
-    "unjudged_share": "share of fresh responses without a verdict: no box, no closed think block, parse failure, timeout, crash",
+    "unjudged_share": "share of fresh responses that ended but could not be judged, for any of the five reasons below; they get reward 0",
+    "no_box_share": "share of fresh responses without a \\boxed{} (toy: without a #)",
+    "no_think_share": "share of fresh responses without exactly one </think>, where the template asks for it",
+    "parse_failure_share": "share of fresh responses whose box is empty, too long or no mathematics",
+    "timeout_share": "share of fresh responses whose judging took too long and was killed",
+    "crash_share": "share of fresh responses whose judging died twice",
     "lambda": "lambda(t): weight of the base in KL-convex; the precedent policy has 1 - lambda",
     "kl_base": "mean per-token KL estimate to the base policy, over all updates of the step",
     "kl_prev": "the same to the precedent policy; null where 1 - lambda is 0",
@@ -59,7 +65,7 @@ METRICS = {
     "eval_length_mean": "mean response length there (tokens)",
     "eval_truncated_share": "share of truncated responses there",
     "seconds_generate": "weight transfer, generation and gathering (s)",
-    "seconds_verify": "waiting for verdicts that were not ready when needed (s)",
+    "seconds_reward_wait": "waiting for verdicts that were not ready when needed (s)",
     "seconds_logprobs": "forward passes of the old, base and precedent policies and of the critic (s)",
     "seconds_update": "gradient updates (s)",
     "seconds_eval": "evaluation (s)",
@@ -119,7 +125,7 @@ def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
         step=step, version=step - 1, phase=plan.phase, fresh_rollouts=len(fresh), total_rollouts=total_rollouts(cfg, step),
         accuracy=sum(s["reward"] == 1 for s in fresh) / len(fresh), reward=sum(s["reward"] for s in batch) / len(batch),
         length_mean=sum(lengths) / len(fresh), length_max=max(lengths), truncated_share=sum(s["truncated"] for s in fresh) / len(fresh),
-        unjudged_share=sum(s["reason"] not in (None, "wrong", "truncated") for s in fresh) / len(fresh),
+        unjudged_share=sum(s["reason"] in UNJUDGED for s in fresh) / len(fresh),
         reflection_rate=sum(s["reflects"] for s in fresh) / len(fresh),
         tis_mean=mean.get("tis"), tis_min=-most["tis_negative"] if "tis" in most else None,
         ratio_mean_fresh=mean.get("ratio_fresh"), ratio_max_fresh=most.get("ratio_fresh"),
@@ -128,6 +134,7 @@ def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
         staleness=[ages.count(age) for age in range(cfg.window + 1)], gap_mean=gap.mean().item(), gap_max=gap.max().item())
     record |= {name: mean.get(name) for name in ("kl_base", "kl_prev", "clip_low_share", "clip_high_share", "entropy", "policy_loss", "value_loss",
                                                        "tis_truncated_share")}
+    record |= {f"{reason}_share": sum(s["reason"] == reason for s in fresh) / len(fresh) for reason in UNJUDGED}
     record["lambda"] = lam if cfg.beta > 0 else None
     if history:
         w = torch.cat([s["logp_old"] - s["logp_behavior"] for s in history]).double().exp()  # (history tokens,)

@@ -8,11 +8,11 @@ from the lowest to the highest seed where their x is shared, a thin line per run
 points and more are drawn faint, under their running median over a twentieth. The last line of output is the PNG's path.
 """
 
-import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
+
+from config import Parser, exit_bad_input
 
 X_LABELS = {"total_rollouts": "fresh rollouts (responses)", "step": "training step", "seconds": "training time (s)"}
 PANELS = (  # x, title, y axis, {metric: (line style, name in the panel's legend)}
@@ -164,17 +164,16 @@ def figure(runs, path, title=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Plot the metrics of one or more runs.")
+    parser = Parser(prog="plot.py", description="Plot the metrics of one or more runs.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (what train.py calls --out)")
     parser.add_argument("--out", metavar="FILE.png", help="picture to write [default RUN/plot.png of the first run]")
     parser.add_argument("--title", help="heading of the picture")
-    args = parser.parse_args(argv)
-    out = args.out or Path(args.runs[0]) / "plot.png"
     try:
+        args = parser.parse_args(argv)
+        out = args.out or Path(args.runs[0]) / "plot.png"
         figure([load_run(folder) for folder in args.runs], out, args.title)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        exit_bad_input(error)
     print(out)
 
 

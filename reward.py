@@ -86,6 +86,18 @@ def _look(response: str, answer: str | list[str], style: str) -> Verdict | dict:
     return {"box": box, "golds": [gold for gold in golds if len(gold) <= MAX_BOX]}
 
 
+def final_answer(response, style):
+    if style == "hash":
+        return response.rpartition("#")[2].strip() if "#" in response else None
+    if style == "think":
+        response = response.partition("</think>")[2]
+    return last_box(response)
+
+
+def canonical(text):
+    return "".join(text.split())
+
+
 # -- the parent's side ------------------------------------------------------------------------------------------------
 
 class _Batch:
@@ -143,6 +155,9 @@ class Judge:
                 else:
                     self._queue.put((batch, index, look))
         return batch.future
+
+    def start(self):
+        self.submit([(r"\boxed{1}", "1.0", "boxed")]).result()
 
     def close(self, wait: bool = True) -> None:
         """Takes no more work, finishes what it has, ends the workers; wait=False returns at once."""

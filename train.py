@@ -39,13 +39,14 @@ from advantage import gae, group_advantages, vtrace, whiten
 from buffer import RingBuffer
 from config import exit_bad_input, fresh_before, preflight, schedule
 from distributed import gather, start
-from eval import evaluate, reflects, summarise
+from eval import evaluate
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
 from metrics import Meter, Recorder, best_evaluation, measure, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
 from prepare import exact, prepare
 from reward import Judge
 from rollout import Engine, request_seed, stop_tokens
+from score import reflects, summarise
 
 STORED = ("prompt", "response", "logp_sampler", "logp_behavior", "logp_base", "version", "prompt_index", "reward", "advantage")
 GAP_BOUND = {True: 1e-3, False: 5e-2}  # by exact(cfg): mean |trainer - sampler|, measured 1e-7 and 3e-3 when weights agree
@@ -61,6 +62,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         exit_bad_input(error)
     with Judge(cfg.reward_workers) as judge:
+        if (cfg.reward or cfg.style) != "hash":  # plain text: no worker needed
+            judge.start()  # before CUDA does
         ranks = start(cfg.threads)
         train(cfg, folder, tokenizer, problems, parts, judge, ranks, say)
     dist.destroy_process_group()
@@ -135,7 +138,7 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
                         sample["values"] = values
             gap = torch.cat([(s["logp_old"] - s["logp_sampler"]).abs() for s in fresh])  # (fresh tokens,)
             check_gap(gap.mean().item(), version, cfg)
-            with recorder.clock("verify"):
+            with recorder.clock("reward_wait"):
                 verdicts = collect(mine, pending.result())
                 for i, sample in enumerate(fresh):
                     sample["reward"], sample["reason"], sample["reflects"] = verdicts[i % ranks.world][i // ranks.world]

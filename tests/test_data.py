@@ -206,23 +206,43 @@ def test_held_out_is_the_same_everywhere():
 
 # -- benchmarks -------------------------------------------------------------------------------------------------------
 
-def test_every_benchmark_has_its_size(tmp_path, monkeypatch):
+@pytest.fixture
+def benchmarks(tmp_path, monkeypatch):
+    """A folder with every benchmark, and load_benchmark() expecting just that."""
     folder = benchmark_folder(tmp_path)
-    monkeypatch.setenv("REMIX_DATA", str(folder))
+    if not os.environ.get("REMIX_DATA"):  # generated: of these contents
+        monkeypatch.setattr(data, "SOURCES", {name: (file, data.content(data.load_problems(folder / "benchmarks" / f"{name}.jsonl")))
+                                              for name, (file, _) in data.SOURCES.items()})
+    return folder
+
+
+def test_every_benchmark_has_its_size(benchmarks, monkeypatch):
+    monkeypatch.setenv("REMIX_DATA", str(benchmarks))
     for name, count in data.BENCHMARKS.items():
         problems = data.load_benchmark(name)
         assert len(problems) == count == len({problem["id"] for problem in problems})
         assert all(set(problem) == {"id", "problem", "answer"} for problem in problems)
-        assert problems == data.load_benchmark(name, folder) == data.load_benchmark(name, folder / "benchmarks")
+        assert problems == data.load_benchmark(name, benchmarks) == data.load_benchmark(name, benchmarks / "benchmarks")
     assert sum(data.BENCHMARKS.values()) == 1600
 
 
+def test_one_changed_answer_is_noticed(benchmarks, tmp_path):
+    """In any problem or answer, or in their order; white space does not count."""
+    lines = (benchmarks / "benchmarks" / "aime24.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for changed in ([*rows[:29], rows[29] | {"answer": "7"}], [rows[0] | {"problem": rows[0]["problem"][1:]}, *rows[1:]], rows[::-1]):
+        write(tmp_path / "aime24.jsonl", "".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(ValueError, match="not those of aime24"):
+            data.load_benchmark("aime24", tmp_path)
+    spaced = [row | {"id": f"my/{i}", "problem": row["problem"].replace(" ", "  ") + "\n", "answer": [f" {row['answer']}"] if isinstance(
+        row["answer"], str) else row["answer"]} for i, row in enumerate(rows)]
+    write(tmp_path / "aime24.jsonl", "".join(json.dumps(row) + "\n" for row in spaced))
+    assert [p["id"] for p in data.load_benchmark("aime24", tmp_path)] == [f"my/{i}" for i in range(30)]
+
+
 def test_benchmark_mistakes(tmp_path, monkeypatch):
-    monkeypatch.delenv("REMIX_DATA", raising=False)
     with pytest.raises(ValueError, match="'aime25'.*aime24, amc, amc23, math500, minerva, olympiadbench"):
         data.load_benchmark("aime25", tmp_path)
-    with pytest.raises(ValueError, match="--data_dir"):
-        data.load_benchmark("aime24")
     with pytest.raises(ValueError, match="no aime24.jsonl.*--data_dir"):
         data.load_benchmark("aime24", tmp_path)
     write(tmp_path / "aime24.jsonl", "".join(json.dumps({"problem": "p", "answer": i}) + "\n" for i in range(29)))

@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+import data
 import hub as hub_module
 
 ROOT = Path(hub_module.__file__).parent
@@ -251,6 +254,67 @@ def test_problems_from_the_hub(served, home, tmp_path):
     assert "['question', 'final']" in unnamed[1] and "--problem_key and --answer_key" in unnamed[1]
 
 
+@pytest.fixture
+def mirror(tmp_path):
+    """(address of a server with the authors' files, its folder, the paths asked for). Its answers take half a second."""
+    asked, folder = [], tmp_path / "mirror"
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_request(self, *_):
+            asked.append(self.path)
+            time.sleep(0.5)
+
+        def log_message(self, *_):
+            pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", folder, asked
+    server.shutdown()
+    server.server_close()
+
+
+# loads benchmarks as the ranks of a run do, the checksums of argv[1] in the place of the real ones, and prints them
+LOAD = """
+import json, sys, data
+digests = json.loads(sys.argv[1])
+data.SOURCES = {name: (file, digests.get(name, digest)) for name, (file, digest) in data.SOURCES.items()}
+print(json.dumps([data.load_benchmark(name) for name in digests]))
+"""
+
+
+def test_benchmarks_are_downloaded_once_and_checked(mirror, tmp_path):
+    address, folder, asked = mirror
+    rows = [{"problem": f"{i}+{i}?", "answer": 2.0 * i, "url": "u"} for i in range(83)]
+    write(folder / data.SOURCE, **{"amc__json": rows, "aime__json": rows[:30]})
+    strings = [row | {"answer": str(row["answer"])} for row in rows]
+    digests = {"amc": data.content(strings), "amc23": data.content(strings[43:]), "aime24": data.content(strings[:30])}
+    environment = {name: value for name, value in os.environ.items() if name != "REMIX_DATA"} | {
+        "HF_HOME": str(tmp_path / "hf"), "REMIX_MIRROR": address, "NO_PROXY": "*", "HF_HUB_OFFLINE": "0"}
+
+    def load(digests, **more):
+        return subprocess.Popen([sys.executable, "-c", LOAD, json.dumps(digests)], cwd=ROOT, env=environment | more, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    outputs = [process.communicate(timeout=60) for process in [load(digests) for _ in range(3)]]
+    assert len({out for out, _ in outputs}) == 1 and not outputs[0][1]
+    amc, amc23, aime24 = json.loads(outputs[0][0])
+    assert amc == [{"id": f"amc/{i}", "problem": f"{i}+{i}?", "answer": f"{2.0 * i}"} for i in range(83)] and len(aime24) == 30
+    assert [p["answer"] for p in amc23] == [p["answer"] for p in amc[43:]] and amc23[0]["id"] == "amc23/0"  # AMC'23 is the end of the set of 83
+    assert sorted(asked) == [f"/{data.SOURCE}/aime.json", f"/{data.SOURCE}/amc.json"]  # by one of the three processes
+    assert load(digests, REMIX_MIRROR="http://127.0.0.1:1").communicate()[0] == outputs[0][0]  # from the cache
+    _, wrong = load(digests | {"amc": "0"}).communicate()
+    assert "not those of amc" in wrong
+    for more, why in (({}, "404"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"), ({"REMIX_MIRROR": "http://127.0.0.1:1"}, "refused")):
+        _, error = load({"minerva": "0"}, **more).communicate(timeout=60)
+        assert why in error and "`python hub.py --benchmarks`" in error and "--data_dir" in error
+    assert not list((tmp_path / "hf").rglob("*.tmp"))
+    _, cut = load({"math500": "0"}, REMIX_MIRROR=address + "/nowhere").communicate()
+    assert "404" in cut
+
+
 def test_command_line(served, home, capsys):
     folder, results, *_ = home
 
@@ -263,7 +327,7 @@ def test_command_line(served, home, capsys):
     done = run("--data", DATA, "--split", "test")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"error: {DATA} ") and "['train']" in done.stderr
-    for args, word in (([], "--model NAME or --data NAME"), (["--modle", "x"], "--modle"), (["--model", "gpt2"], "OWNER/NAME")):
+    for args, word in (([], "--model NAME, --data NAME or --benchmarks"), (["--modle", "x"], "--modle"), (["--model", "gpt2"], "OWNER/NAME")):
         with pytest.raises(SystemExit) as ended:
             sys.exit(hub_module.main(args))
         out, err = capsys.readouterr()

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import compare
 import data
+import eval
 import toy
 from config import dry_run, parse
 from metrics import METRICS
@@ -294,15 +295,26 @@ def test_reincarnation_empties_the_buffer(real_run):
 # A user's own template, reward, held-out problems and benchmark, in bfloat16; then again from its config.json.
 
 @pytest.fixture(scope="module")
-def own_run(guesser, easy_problems, benchmark_dir, tmp_path_factory):
+def benchmark(tmp_path_factory):
+    """The flags that name a benchmark of 30 problems: AIME'24 in $REMIX_DATA, or a generated file."""
+    if os.environ.get("REMIX_DATA"):
+        return "aime24", ["--data_dir", os.environ["REMIX_DATA"]]
+    path, rng = tmp_path_factory.mktemp("benchmarks") / "aime24.jsonl", random.Random(1)
+    rows = [{"id": f"aime24/{i}", "problem": f"What is ${i + rng.randint(1, 9)} - {i}$?", "answer": str(i % 5)} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path), []
+
+
+@pytest.fixture(scope="module")
+def own_run(guesser, easy_problems, benchmark, tmp_path_factory):
     """(folder of the run, folder of its repetition, their output)."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "mine.py").write_text("def even(response, answer):\n    return 1 if len(response) % 2 == 0 else 0.25\n")
     chat = [{"role": "user", "content": data.TEMPLATES["r1"]("My way. {problem}")[0]["content"]}]  # so that the guesser knows what to do
     (folder / "chat.json").write_text(json.dumps(chat))
     flags = ("--algo ppo --steps 3 --prompts 12 --minibatch 6 --max_prompt 200 --max_response 24 --lr 3e-4 --critic_lr 3e-4 --samples 1000 "
-             "--dtype bfloat16 --held_out 10 --eval_every 1 --eval_k 2 --save_every 1 --keep 10 --eval_data held_out,aime24").split()
-    flags += ["--model", guesser, "--data", easy_problems, "--data_dir", benchmark_dir, "--template", folder / "chat.json"]
+             "--dtype bfloat16 --held_out 10 --eval_every 1 --eval_k 2 --save_every 1 --keep 10").split()
+    flags += ["--model", guesser, "--data", easy_problems, "--eval_data", f"held_out,{benchmark[0]}", *benchmark[1], "--template", folder / "chat.json"]
     env = {"PYTHONPATH": str(folder)}
     first = launched("train.py", *flags, "--reward", "mine:even", "--out", folder / "run", ranks=2, env=env)
     again = launched("train.py", "--config", folder / "run" / "config.json", "--max_hours", 1e-4, "--out", folder / "again", ranks=2, env=env)
@@ -325,21 +337,22 @@ def test_own_template_and_reward(own_run):
     assert {s["reward"] for s in samples} >= {0.25, 1}
 
 
-def test_evaluation_in_parts(own_run, easy_problems):
+def test_evaluation_in_parts(own_run, easy_problems, benchmark):
     """Held-out problems, which are not trained on, by the run's own reward; a benchmark always by math."""
     folder, _, stdout, _ = own_run
-    lines = metrics_of(folder)
-    skipped = {name: int(n) for n, name in re.findall(r"^skipped (\d+) of \d+ prompts of (\w+):", stdout, re.M)}  # too long
-    responses = {name: 2 * (n - skipped.get(name, 0)) for name, n in (("held_out", 10), ("aime24", 30))}
-    quarters = dict(held_out=0, aime24=0)
+    lines, (other, _) = metrics_of(folder), benchmark
+    skipped = {name: int(n) for n, name in re.findall(r"^skipped (\d+) of \d+ prompts of (\S+):", stdout, re.M)}  # too long
+    responses = {name: 2 * (n - skipped.get(name, 0)) for name, n in (("held_out", 10), (other, 30))}
+    quarters = {"held_out": 0, other: 0}
     for line in lines:
         parts = line["eval_accuracy_by_part"]
-        assert list(parts) == ["held_out", "aime24"] and line["eval_accuracy"] == pytest.approx(sum(parts.values()) / 2)
+        assert list(parts) == ["held_out", other] and line["eval_accuracy"] == pytest.approx(sum(parts.values()) / 2)
         for name, n in responses.items():
             right = parts[name] * n
             assert right * 4 == pytest.approx(round(right * 4), abs=1e-6)
             quarters[name] += abs(right - round(right)) > 0.1
-    assert quarters["held_out"] > 0 == quarters["aime24"]  # 0.25 is the own reward's, 0 or 1 are math's
+    assert quarters["held_out"] > 0  # 0.25 is the own reward's, 0 or 1 are math's
+    assert other != "aime24" or quarters[other] == 0
     held_out = {p["problem"] for p in data.split_held_out(data.load_problems(easy_problems), 10)[1]}
     asked = {json.loads(line)["prompt"] for line in open(folder / "samples.jsonl")}
     assert len(held_out) == 10 and not any(prompt.startswith(f"<user>My way. {text} Let's") for prompt in asked for text in held_out)
@@ -385,6 +398,17 @@ TOY = ("--algo remix-ppo --prompts 20 --p 0.6 --window 2 --minibatch 8 --reincar
        "--lambda_every 1 --save_every 3 --eval_every 3 --eval_k 1").split()
 
 
+SLOW = """
+import os, time
+def judge(response, answer):
+    begin = time.monotonic()
+    time.sleep(0.01)
+    with open(os.environ["JUDGED"], "a") as file:
+        print(begin, time.monotonic(), file=file)
+    return len(response) % 2
+"""
+
+
 @pytest.fixture(scope="module")
 def toy_runs(tmp_path_factory):
     """Run folders by name. `whole`: six steps on one rank; `half`: three, killed in the fifth, resumed to six."""
@@ -403,11 +427,14 @@ def toy_runs(tmp_path_factory):
                 file.write('{"step": 4, "of": "a life before"}\n{"step": 5, "cut o')
         launched("train.py", "--resume", "--out", half, "--steps", 6)
         return half
+    (folder / "slow.py").write_text(SLOW)
     with ThreadPoolExecutor(2) as pool:  # two runs of one rank at a time
         whole, half = pool.submit(run, "whole", "--steps", 6), pool.submit(interrupted)
         other = pool.submit(run, "other", "--steps", 1, "--seed", 1)
         two = pool.submit(run, "two", "--steps", 3, "--micro_tokens", 150, "--offload_optimizer", ranks=2)
-        runs = dict(whole=whole.result(), half=half.result(), other=other.result(), two=two.result())
+        slow = pool.submit(run, "slow", "--steps", 1, "--prompts", 64, "--eval_every", 0, "--micro_tokens", 48, "--reward", "slow:judge",
+                           "--reward_workers", 1, env={"PYTHONPATH": str(folder), "JUDGED": str(folder / "judged")})
+        runs = dict(whole=whole.result(), half=half.result(), other=other.result(), two=two.result(), slow=slow.result())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -447,6 +474,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(toy_runs):
         assert (half / name).read_bytes() == (whole / name).read_bytes(), name
     saved = json.loads((half / "config.json").read_text())
     assert saved["values"]["steps"] == 6 and saved["values"]["prompts"] == 20 and "resume" in saved["sources"]["steps"]
+
+
+def test_judging_overlaps_the_log_probs(toy_runs):
+    """A judge of 10 ms a response is waited for far less than it takes; the passes of step 4 take longer."""
+    (line,) = lines = metrics_of(toy_runs["slow"])
+    times = [tuple(map(float, row.split())) for row in open(toy_runs["slow"].parent / "judged")][1:]  # but for the trial before the run
+    judging = times[-1][1] - times[0][0]
+    assert len(times) == line["fresh_rollouts"] == 25 and judging > 0.25 and len(lines) == 1
+    assert line["seconds_reward_wait"] < 0.5 * judging
 
 
 def test_a_real_run_has_the_settings_that_it_was_asked_for(toy_runs):
@@ -504,23 +540,11 @@ def results_of(folder):
 
 
 @pytest.fixture(scope="module")
-def benchmark_dir(tmp_path_factory):
-    """$REMIX_DATA, or thirty generated problems in the place of AIME'24."""
-    if os.environ.get("REMIX_DATA"):
-        return Path(os.environ["REMIX_DATA"])
-    folder, rng = tmp_path_factory.mktemp("benchmarks"), random.Random(1)
-    rows = [{"id": f"aime24/{i}", "problem": f"What is ${i + rng.randint(1, 9)} - {i}$?", "answer": str(i % 5)}
-            for i in range(30)]
-    (folder / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def evaluations(toy_runs, own_run, guesser, easy_problems, benchmark_dir, tmp_path_factory):
+def evaluations(toy_runs, own_run, guesser, easy_problems, benchmark, tmp_path_factory):
     """(stdout, folder) of eval.py on the trained toy model, on the best model of a user's own run, and on a named benchmark with one rank
     and with two."""
     out = tmp_path_factory.mktemp("eval")
-    named = ("--model", guesser, "--benchmarks", "aime24", "--data_dir", benchmark_dir, "--k", 2, "--max_prompt", 400,
+    named = ("--model", guesser, "--benchmarks", benchmark[0], *benchmark[1], "--k", 2, "--max_prompt", 400,
              "--max_response", 24)
     default = ("--model", toy_runs["whole"] / "model", "--k", 2, "--temperature", 1)
     best = own_run[0] / "best"
@@ -544,7 +568,8 @@ def test_eval_on_the_trained_toy(evaluations):
         final = row["response"].rpartition("#")
         total = sum(map(int, row["id"].removeprefix("toy/")))
         right = final[1] == "#" and not row["truncated"] and final[2] == str(total)
-        assert row["reward"] == right and row["benchmark"] == "toy"
+        assert row["reward"] == right and row["part"] == "toy"
+        assert row["gold"] == str(total) and row["judged"] == (final[2].strip() if final[1] and not row["truncated"] else None)
     per_problem = [statistics.mean(row["reward"] for row in rows if row["id"] == id)
                    for id in {row["id"] for row in rows}]
     assert score["pass@1"] == pytest.approx(statistics.mean(per_problem)) and 0.1 < score["pass@1"] < 0.6
@@ -567,11 +592,11 @@ def test_eval_of_a_run_takes_its_template(evaluations, own_run, easy_problems):
         assert row["reward"] == (0 if row["truncated"] else 1 if len(row["response"]) % 2 == 0 else 0.25)
 
 
-def test_eval_on_a_benchmark_with_one_rank_and_two(evaluations, benchmark_dir):
+def test_eval_on_a_benchmark_with_one_rank_and_two(evaluations, benchmark):
     (scores, rows), (scores_2, rows_2) = (results_of(evaluations[name][1]) for name in ("one", "two"))
     assert (scores, rows) == (scores_2, rows_2)
-    problems = data.load_benchmark("aime24", benchmark_dir)
-    assert scores["aime24"]["n"] + scores["aime24"]["skipped"] == 30 and len(rows) == 2 * scores["aime24"]["n"] > 30
+    problems, (score,) = eval.load_eval_data(benchmark[0], *benchmark[1][1:]), scores.values()
+    assert score["n"] + score["skipped"] == 30 and len(rows) == 2 * score["n"] > 30
     assert {row["id"] for row in rows} <= {problem["id"] for problem in problems}
     assert any(row["reason"] in (None, "wrong") for row in rows)  # math-verify had something to read
     assert any(a["response"] != b["response"] for a, b in zip(rows[::2], rows[1::2]))  # two samples, not one twice
