@@ -145,7 +145,7 @@ def parse(argv):
     return args
 
 
-def prepare(args, say):
+def make_parts(args, say):
     """Everything that a generation needs. Returns (parts, folder of the model, tokenizer, longest sequence (tokens)). Raises ValueError."""
     import data
     import toy
@@ -157,15 +157,14 @@ def prepare(args, say):
         hub.check_model(folder, args.tp)
     tokenizer, context = data.load_tokenizer(folder), context_length(folder)
     from distributed import check_gpus  # PyTorch, late: what needs no more than a look is said by now
+    from prepare import encode
     check_gpus(vllm)
     template = args.template if args.template != "auto" else (
         of_run(args.model, "template") or data.default_template(args.model or folder, tokenizer))
     parts = []
     for name in names:
         chosen = "raw" if name == "toy" else template
-        encoded, skipped = data.encode_prompts(problems[name], tokenizer, chosen, min(args.max_prompt, (context or 10**9) - 1))
-        if skipped:
-            say(f"skipped {skipped} of {len(problems[name])} prompts of {name}: longer than --max_prompt {args.max_prompt}, or than the model's context")
+        encoded, skipped = encode(problems[name], folder, tokenizer, chosen, min(args.max_prompt, (context or 10**9) - 1), say, f" of {name}")
         for temperature in (0.0, 0.1) if args.preset and args.temperature is None else (0.6 if args.temperature is None else args.temperature,):
             k = args.k or (32 if args.preset and name in ("aime24", "amc") else 1)
             label = f"{name} {f'T={temperature:g}' if temperature else 'greedy'}" if args.preset else name
@@ -295,7 +294,7 @@ def main(argv=None):
             return print("\n".join(score.compare(*args.compare)))
         if args.rejudge:
             return rejudge(args)
-        parts, folder, tokenizer, length = prepare(args, say)
+        parts, folder, tokenizer, length = make_parts(args, say)
         import torch
         if args.dtype == "auto":
             args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"

@@ -84,19 +84,24 @@ def fit(cfg, folder, tokenizer, problems, parts, say):
             raise ConfigError(f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the model's context of {context} tokens")
         settle(cfg, "the model's context", max_response=context - cfg.max_prompt)
     say(f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the model's context is {context or 'not known'}")
-    problems, skipped = data.encode_prompts(problems, tokenizer, cfg.template, cfg.max_prompt)
-    if skipped:
-        say(f"skipped {skipped} of {skipped + len(problems)} prompts: longer than {cfg.max_prompt} tokens (--max_prompt)")
+    problems, _ = encode(problems, folder, tokenizer, cfg.template, cfg.max_prompt, say)
     for name, part in parts.items():
-        parts[name], skipped = data.encode_prompts(part, tokenizer, cfg.template, cfg.max_prompt)
-        if skipped:
-            say(f"skipped {skipped} of {len(part)} prompts of {name}: longer than {cfg.max_prompt} tokens")
-    largest = max(tokenizer.eos_token_id, *(max(p["prompt_ids"]) for some in (problems, *parts.values()) for p in some))
-    if largest >= (vocabulary := json.loads((Path(folder) / "config.json").read_text())["vocab_size"]):
-        raise ConfigError(f"the tokenizer in {folder} gives ids up to {largest}, its model has {vocabulary}: they are not of one model")
+        parts[name], _ = encode(part, folder, tokenizer, cfg.template, cfg.max_prompt, say, f" of {name}")
     say(f"{len(problems)} problems, template {cfg.template}, judged by {cfg.reward or cfg.style}; the model sees "
         f"{tokenizer.decode(problems[0]['prompt_ids'])!r}")
     return problems, parts
+
+
+def encode(problems, folder, tokenizer, template, max_prompt, say, of=""):
+    """(the problems with their prompt_ids, the number of those that were too long, which is said). Raises ValueError, also for ids that the model in
+    `folder` does not have."""
+    encoded, skipped = data.encode_prompts(problems, tokenizer, template, max_prompt)
+    if skipped:
+        say(f"skipped {skipped} of {len(problems)} prompts{of}: longer than {max_prompt} tokens (--max_prompt)")
+    largest = max(tokenizer.eos_token_id, *(max(problem["prompt_ids"]) for problem in encoded))
+    if largest >= (vocabulary := json.loads((Path(folder) / "config.json").read_text())["vocab_size"]):
+        raise ConfigError(f"the tokenizer in {folder} gives ids up to {largest}, its model has {vocabulary}: they are not of one model")
+    return encoded, skipped
 
 
 def fingerprint(folder, problems):
