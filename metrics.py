@@ -64,6 +64,7 @@ METRICS = {
     "eval_accuracy_by_part": "pass@1 on each part of --eval_data, by name",
     "eval_length_mean": "mean response length there (tokens)",
     "eval_truncated_share": "share of truncated responses there",
+    "eval_unjudged_share": "share of responses there that ended but could not be judged",
     "seconds_generate": "weight transfer, generation and gathering (s)",
     "seconds_reward_wait": "waiting for verdicts that were not ready when needed (s)",
     "seconds_logprobs": "forward passes of the old, base and precedent policies and of the critic (s)",

@@ -88,6 +88,7 @@ def summarise(rows):
             "maj@k": mean([majority(some) for some in problems.values()]),
             "length_mean": mean([row["length"] for row in rows]), "truncated_share": mean([row["truncated"] for row in rows]),
             "reflection_rate": mean([reflects(row["response"]) for row in rows]),
+            "unjudged_share": mean([row["reason"] not in (None, "wrong", "truncated") for row in rows]),
             "unjudged": dict(Counter(row["reason"] for row in rows if row["reason"] not in (None, "wrong")))}
 
 

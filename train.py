@@ -104,9 +104,9 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
                                               cfg.style if name in data.BENCHMARKS else cfg.reward or cfg.style, cfg.seed))
                      for name, part in parts.items()}
             engine.sleep()
-        mean = {key: sum(summary[key] for summary in found.values()) / len(found) for key in ("pass@1", "length_mean", "truncated_share")}
-        return {"eval_accuracy": mean["pass@1"], "eval_accuracy_by_part": {name: summary["pass@1"] for name, summary in found.items()},
-                "eval_length_mean": mean["length_mean"], "eval_truncated_share": mean["truncated_share"]}
+        mean = {key: sum(summary[key] for summary in found.values()) / len(found) for key in ("pass@1", "length_mean", "truncated_share", "unjudged_share")}
+        return {"eval_accuracy": mean.pop("pass@1"), "eval_accuracy_by_part": {name: summary["pass@1"] for name, summary in found.items()}} | {
+            f"eval_{key}": value for key, value in mean.items()}
 
     if done == 0:
         evaluated = score(0)

@@ -52,7 +52,8 @@ def test_summary_of_an_evaluation():
     assert summary.pop("maj@k") == pytest.approx(2 / 3) and summary.pop("pass@k") == {"1": 0.5, "2": pytest.approx(2 / 3)}
     unjudged = summary.pop("unjudged")
     assert unjudged == {"no_box": 1, "truncated": 1}
-    assert summary == {"pass@1": 0.5, "n": 3, "k": 2, "length_mean": 6.0, "truncated_share": 1 / 6, "reflection_rate": 1 / 6}
+    assert summary == {"pass@1": 0.5, "n": 3, "k": 2, "length_mean": 6.0, "truncated_share": 1 / 6, "unjudged_share": 1 / 6,
+                       "reflection_rate": 1 / 6}
 
 
 @pytest.mark.parametrize("k, powers", [(1, ["1"]), (2, ["1", "2"]), (3, ["1", "2"]), (32, ["1", "2", "4", "8", "16", "32"])])

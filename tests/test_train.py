@@ -524,7 +524,7 @@ def test_evaluation_during_training(toy_runs):
     for line in (start, end):
         right = line["eval_accuracy"] * 128
         assert right == pytest.approx(round(right)) and 0.1 < line["eval_accuracy"] < 0.6
-        assert 5 < line["eval_length_mean"] < 40 and 0 <= line["eval_truncated_share"] < 0.2
+        assert 5 < line["eval_length_mean"] < 40 and 0 <= line["eval_truncated_share"] < 0.2 and 0 <= line["eval_unjudged_share"] < 0.2
     assert start["eval_length_mean"] != end["eval_length_mean"]
     assert (toy_runs["whole"] / "best" / "model.safetensors").exists()
     last = lines_of(toy_runs["other"])[-1]  # evaluated for being the last
