@@ -27,7 +27,7 @@ from config import VLLM_VERSION, ConfigError, Parser, check_vllm, context_length
 from reward import Judge, final_answer, own
 
 CHUNK = 512  # responses of an engine between two writes to samples.jsonl: so many at most are generated again after an interruption
-MACHINE = {"out", "tp", "engine_memory", "threads", "reward_workers", "data_dir"}  # flags that no score depends on
+MACHINE = {"out", "tp", "engine_memory", "threads", "reward_workers", "data_dir", "commit"}  # what may differ when an evaluation goes on
 
 
 class Part(NamedTuple):
@@ -193,9 +193,9 @@ def describe(args, parts, folder):
     for file in sorted(Path(folder).glob("*.safetensors")):
         weights.update(hub.digest(file, max(0, file.stat().st_size - (1 << 16)), file.stat().st_size))
     versions = dict(torch=torch.__version__, vllm=VLLM_VERSION, transformers=importlib.metadata.version("transformers"),
-                    math_verify=importlib.metadata.version("math-verify"), python=sys.version.split()[0], commit=commit())
+                    math_verify=importlib.metadata.version("math-verify"), python=sys.version.split()[0])
     flags = {name: value for name, value in vars(args).items() if name not in ("compare", "rejudge")}
-    return flags | dict(out=str(args.out), weights=weights.hexdigest()[:16], versions=versions, base=of_run(args.model, "model") or args.model, parts={
+    return flags | dict(out=str(args.out), weights=weights.hexdigest()[:16], versions=versions, commit=commit(), base=of_run(args.model, "model") or args.model, parts={
         part.name: dict(k=part.k, temperature=part.temperature, template=part.template, style=part.style, skipped=part.skipped,
                         problems=data.content(part.problems)) for part in parts})
 
@@ -276,8 +276,8 @@ def rejudge(args):
             for row, verdict in zip(some, judge_rows(judge, some, style).result()):
                 row.update(verdict._asdict(), judged=final_answer(row["response"], style))
             settings["parts"][name]["style"] = style
-    settings |= dict(reward=args.reward or settings["reward"], out=str(args.out), rejudged=args.rejudge,
-                     versions=settings["versions"] | dict(math_verify=importlib.metadata.version("math-verify"), rejudged_by=commit()))
+    settings |= dict(reward=args.reward or settings["reward"], out=str(args.out), rejudged=args.rejudge, commit=commit(),
+                     versions=settings["versions"] | dict(math_verify=importlib.metadata.version("math-verify")))
     os.makedirs(args.out, exist_ok=True)
     (args.out / "settings.json").write_text(json.dumps(settings, indent=1))
     (args.out / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -118,7 +118,7 @@ def test_37_of_100_score_37(generate, hundred, tmp_path):
     assert settings["k"] == 2 and settings["temperature"] is None and settings["parts"][str(hundred)]["temperature"] == 0.6
     assert settings["versions"]["torch"].startswith("2.13") and settings["versions"]["vllm"] == "0.29.0" and settings["versions"]["math_verify"]
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    assert (settings["versions"]["commit"] or "").rstrip("+") == (head or "")
+    assert (settings["commit"] or "").rstrip("+") == (head or "")
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
