@@ -182,7 +182,7 @@ def trained_with(model):
     """The template of the run whose model/ or best/ this is; None where it is no run's."""
     try:
         return json.loads((model.parent / "config.json").read_text())["values"]["template"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -236,7 +236,7 @@ def console_line(m, steps, left=None):
 def best_evaluation(path):
     """The highest eval_accuracy of the training steps in metrics.jsonl (a path); -inf where there is none."""
     lines = [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
-    return max((line["eval_accuracy"] for line in lines if line["step"] and line["eval_accuracy"] is not None), default=-math.inf)
+    return max((line["eval_accuracy"] for line in lines if line["step"] and isinstance(line.get("eval_accuracy"), (int, float))), default=-math.inf)
 
 
 def truncate(path, last_step):
@@ -245,8 +245,8 @@ def truncate(path, last_step):
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # whatever a dying machine or another hand left there
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
     aside = path.with_name(path.name + ".tmp")
