@@ -91,7 +91,7 @@ GOOD = '{"problem": "p", "answer": "1"}\n'
     ("deep_object.jsonl", GOOD + '{"a":' * 100_000, ["line 2", "fix"]),
     ("nested_answer.jsonl", GOOD + '{"problem": "p", "answer": ' + "[" * 900 + "1" + "]" * 900 + "}", ["line 2", "'answer'"]),
     ("infinity.jsonl", GOOD + '{"problem": "p", "answer": 1e999}', ["line 2", "inf"]),
-    ("large.jsonl", GOOD + '{"problem": "' + 20_000_000 * "a" + '", "answer": }', ["line 2", "column 20000028", "malformed"]),
+    ("large.jsonl", GOOD + '{"problem": "' + 20_000_000 * "a" + '", "answer": }', ["line 2", "column 20000027", "malformed"]),
     ("keys.jsonl", GOOD + json.dumps({"k" * 1000 + str(i): 1 for i in range(1000)}), ["line 2", "'problem'", "..."]),
     ("twice_a_key.jsonl", GOOD + '{"problem": "p", "answer": "1", "answer": "2"}', ["line 2", "'answer' twice"]),
     ("utf16.jsonl", GOOD.encode("utf-16"), ["line 1", "UTF-8"]),
