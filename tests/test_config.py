@@ -500,6 +500,7 @@ def recording(folder, steps=2, text=None, **values):
     import replay
     cfg = Config(algo="ppo", p=0.0, dtype="float32", rollout_dtype="float32", **values)
     cfg.fingerprint = "0" * 64
+    folder.mkdir()
     for step in range(1, steps + 1):
         replay.dump(folder, step, None, [], cfg)
     if text is not None:

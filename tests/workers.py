@@ -154,7 +154,7 @@ def broken_update(folder, ranks):
         for batch in batches:
             meter = Meter()
             norms = train.update(learners, batch, LAM, VERSION, 1.0, meter, cfg)
-            states = {name: state_of({name: learner}) if learner.optimizer.state else full(learner.module.named_parameters())
+            states = {name: state_of({name: learner})[name] if learner.optimizer.state else full(learner.module.named_parameters())
                       for name, learner in learners.items()}
             seen[case].append((states, norms, meter.gathered()[0]))
     return seen
