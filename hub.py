@@ -59,6 +59,8 @@ def _missing(folder):
     """What keeps a snapshot from being whole, "" if nothing: a killed download may leave any part of it."""
     index = Path(folder, "model.safetensors.index.json")
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ()
+    if outside := [name for name in shards if Path(name).name != name]:
+        raise ValueError(f"its {index.name} names a file outside its folder: {outside[0][:60]!r}")
     absent = sorted(name for name in ("config.json", *shards) if not Path(folder, name).is_file())
     if not absent and not any(Path(folder).glob("*.safetensors")):
         absent = ["*.safetensors"]

@@ -30,7 +30,7 @@ PANELS = (  # x, title, y axis, {metric: (line style, name in the panel's legend
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 # Runs may differ in these flags and still be one curve.
 NOT_IN_LABEL = {"algo", "seed", "out", "resume", "steps", "eval_every", "save_every", "keep", "samples", "threads",
-                "dry_run", "tensorboard", "wandb"}
+                "dry_run", "tensorboard", "wandb", "max_skipped", "max_equal_rewards", "dump_rollouts", "replay"}
 NO_NUMBERS = {"phase", "staleness", "eval_accuracy_by_part"}  # among a run's metrics
 
 

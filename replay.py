@@ -10,6 +10,7 @@ import json
 from concurrent.futures import Future
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import pack, unpack
@@ -68,8 +69,10 @@ def recorded(cfg):
 class Replay:
     """In the place of Engine and Judge: the recorded responses with their recorded rewards, whatever the weights."""
 
-    def __init__(self, cfg, ranks):
+    def __init__(self, folder, cfg, ranks):
+        """`folder`: of the model that is trained."""
         self.cfg, self.ranks, self.samples = cfg, ranks, []
+        self.vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
 
     def update(self, version, tensors, expected):
         """No engine takes the weights."""
@@ -85,6 +88,12 @@ class Replay:
                 raise ValueError("it holds responses to other prompts")
             found = [{name: s[name] for name in ("response", "logp_sampler", "truncated")} for s in self.samples]
             check_responses(found)
+            for s in self.samples:
+                tokens, logp = s["response"], s["logp_sampler"]
+                if (tokens.dtype, tokens.shape, logp.dtype) != (torch.int64, logp.shape, torch.float32) or not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
+                    raise ValueError("a response is not made of the model's tokens")
+                if not isinstance(s["truncated"], bool) or not isinstance(s["reason"], str | None):
+                    raise ValueError("truncated must be true or false, reason a text or null")
             self.verdicts = [Verdict(float(s["reward"]), s["reason"]) for s in self.samples]
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--replay: step {version + 1} in {self.cfg.replay} cannot be trained on ({type(error).__name__}: {error})") from None

@@ -75,7 +75,7 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
     latest = checkpoint.newest(cfg.out) if cfg.resume else None
     agree(cfg, checkpoint=latest and latest.name)
     if cfg.replay:
-        engine = judge = replay.Replay(cfg, ranks)  # responses and verdicts of another run
+        engine = judge = replay.Replay(folder, cfg, ranks)  # responses and verdicts of another run
     else:  # the engine first: it measures what memory is free, then sleeps while the trainer fills it
         engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
     policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)

@@ -71,6 +71,11 @@ def engine(run, _):
 def replayed(run, recorded):
     """One rank, no vLLM: the recorded run again; with another loss; with updates that are not finite; with other rewards."""
     import torch
+    from safetensors.torch import load_file, save_file
+
+    import config
+    import prepare
+    config.check_vllm = prepare.check_vllm = None  # not even asked for
     train, again = run.train, ("--config", recorded / "config.json", "--replay", recorded / "rollouts")
     real = train.batch_advantages
 
@@ -109,6 +114,15 @@ def replayed(run, recorded):
     for suffix in (".json", ".safetensors"):
         shutil.copy(other / f"step_000001{suffix}", other / f"step_000003{suffix}")
     run("other prompts", *again, "--replay", other)
+    tensors = load_file(recorded / "rollouts" / "step_000001.safetensors")
+    spoilt = dict(tokens=lambda t: t if t.is_floating_point() or len(t) == 6 else t + 1000, types=lambda t: t.double(),
+                  numbers=lambda t: t * math.nan if t.is_floating_point() else t, shapes=lambda t: t[:6] if t.is_floating_point() else t)
+    for name, change in spoilt.items():
+        other = shutil.copytree(recorded / "rollouts", run.folder / f"rollouts-{name}")
+        save_file({key: change(tensor).contiguous() for key, tensor in tensors.items()}, other / "step_000001.safetensors")
+        run(name, *again, "--replay", other)
+    run("reasons", *again, "--replay", edited("reasons", reason=["a"]))
+    run("rewards", *again, "--replay", edited("rewards", reward="much"))
 
 
 def apart(run, recorded):

@@ -525,7 +525,9 @@ def recording(folder, steps=2, text=None, **values):
 def test_bad_recordings(refuse, tmp_path, small_model, monkeypatch, flags, change, words):
     """Each is one line before a model is loaded, and vLLM need not be there."""
     import config
-    monkeypatch.setattr(config, "check_vllm", lambda: pytest.fail("asked for vLLM"))
+    import prepare
+    for module in (config, prepare):
+        monkeypatch.setattr(module, "check_vllm", lambda: pytest.fail("asked for vLLM"))
     folder = recording(tmp_path / "rollouts", **dict(prompts=8) | change)
     said = refuse("--algo", "ppo", "--prompts", 8, "--steps", 2, "--model", small_model, "--data", problems(tmp_path, FINE), "--max_prompt", 100,
                   "--replay", folder, "--out", "run", *flags.split())
@@ -616,6 +618,8 @@ def test_weights_that_are_not_whole(refuse, tmp_path, model_copy):
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors", "lm_head.weight": "model.safetensors"}}
     (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00002-of-00002.safetensors is missing" in refuse(*common)
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model/model.safetensors"}}))
+    assert "names a file outside its folder: '../model/model.safetensors'" in refuse(*common)
     (model_copy / "model.safetensors.index.json").write_text("[]")
     assert "no model folder" in refuse(*common)
     (model_copy / "model.safetensors.index.json").unlink()

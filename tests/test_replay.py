@@ -139,6 +139,14 @@ def test_a_recording_of_other_prompts_is_refused(one, folder):
                                        "(ValueError: it holds responses to other prompts)")
 
 
+@pytest.mark.parametrize("name, why", [
+    ("tokens", "not made of the model's tokens"), ("types", "not made of the model's tokens"), ("numbers", "log-probs that are not finite"),
+    ("shapes", "tokens and 6 log-probs"), ("reasons", "reason a text or null"), ("rewards", "could not convert string to float: 'much'")])
+def test_a_recording_that_was_tampered_with_is_one_line(one, name, why):
+    message = one[0][name]
+    assert message.startswith("ValueError: --replay: step 1 in ") and why in message and "\n" not in message, message
+
+
 # Updates and rewards.
 
 
