@@ -153,8 +153,8 @@ class Config:
     threads: int = flag(1, "CPU threads per rank (seeded sampling repeats exactly at 1)")
     max_gap: float = flag(0.0, "largest mean absolute difference of log-probs, trainer and sampler; 0: 1e-3 in float32, 5e-2 in bfloat16")
     max_skipped: int = flag(3, "stop after so many updates in a row whose loss or gradient is not finite, each of them skipped; 0: never")
-    max_equal_rewards: int = flag(20, "stop after so many steps in a row in which every fresh response got the same reward (all truncated or without "
-                                  "a verdict is that too); 0: never")
+    max_equal_rewards: int = flag(20, "stop after so many steps in a row in which all fresh responses (under a group baseline: all of each group) got "
+                                  "the same reward, truncated or without a verdict included; 0: never")
     reward_workers: int = flag(2, "judging processes per rank")
     # run
     out: str = flag(None, "run folder; none: runs/MODEL-ALGO-seedSEED")

@@ -95,7 +95,7 @@ class Replay:
                 if not isinstance(s["truncated"], bool) or not isinstance(s["reason"], str | None):
                     raise ValueError("truncated must be true or false, reason a text or null")
             self.verdicts = [Verdict(float(s["reward"]), s["reason"]) for s in self.samples]
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"--replay: step {version + 1} in {self.cfg.replay} cannot be trained on ({type(error).__name__}: {error})") from None
         return found
 

@@ -32,17 +32,17 @@ def test_the_gap_alarm(gap, values, fine):
 
 
 def step(*responses):
-    """Samples from (reward, reason)."""
-    return [dict(reward=reward, reason=reason) for reward, reason in responses]
+    """Samples from (reward, reason), two to a prompt."""
+    return [dict(reward=reward, reason=reason, prompt_index=i // 2) for i, (reward, reason) in enumerate(responses)]
 
 
 RIGHT, WRONG, CUT, NO_BOX, LATE = (1.0, None), (0.0, "wrong"), (0.0, "truncated"), (0.0, "no_box"), (0.0, "timeout")
 
 
-def run(steps, limit=3):
+def run(steps, limit=3, **values):
     """(number of the step that stops, its message; None, None) and what was said on the way."""
     said = []
-    watch = Alarms(Config(max_equal_rewards=limit), said.append)
+    watch = Alarms(Config(max_equal_rewards=limit, **values), said.append)
     for number, fresh in enumerate(steps, 1):
         try:
             watch.responses(fresh, number)
@@ -59,6 +59,14 @@ def test_equal_rewards_stop_after_so_many_steps_in_a_row():
     assert run([step(WRONG), step(RIGHT), step(WRONG)])[0] == 3  # equal within each step
     assert run([same] * 50, limit=0)[0] is None and run([same], limit=1)[0] == 1
     assert run([step((0.25, "wrong"), (0.5, "wrong"))] * 9)[0] is None  # one's own reward: both are no 1
+
+
+def test_under_a_group_baseline_rewards_must_differ_within_a_group():
+    """Both groups are of one mind: no advantage. A critic learns which prompt is which."""
+    apart, mixed = step(RIGHT, RIGHT, WRONG, WRONG), step(RIGHT, RIGHT, WRONG, RIGHT)
+    number, message, _ = run([apart] * 3, advantage="group")
+    assert number == 3 and "all responses to a prompt got the same reward (step 3: 0, 1; 2 right, 2 wrong)" in message and "--temperature" in message
+    assert run([apart] * 9)[0] is None and run([mixed] * 9, advantage="group")[0] is None and run([apart, apart, mixed] * 3, advantage="group")[0] is None
 
 
 @pytest.mark.parametrize("fresh, words, warned", [

@@ -291,7 +291,7 @@ def bad_value(flags, *words, world=1):
     bad_value("--reward a/b.py:f", "--reward", "MODULE:FUNCTION"), bad_value("--gpus 8", "--dry_run"),
     bad_value("--dry_run --gpus 8 --gpu_memory 0", "--gpu_memory"), bad_value("--dry_run --gpu_memory 24", "--gpus"),
     bad_value("--dry_run --gpus 12 --hsdp", "machines of 8"), bad_value("--steps 100000000000", "--steps", "1e+06"),
-    bad_value("--window 1000000000000", "--window"), bad_value("--lr 1e300", "--lr"), bad_value("--threads 100000", "--threads"),
+    bad_value("--window 1000000000000", "--window"), bad_value("--max_skipped -1", "--max_skipped", "0"), bad_value("--max_equal_rewards -1", "--max_equal_rewards"), bad_value("--lr 1e300", "--lr"), bad_value("--threads 100000", "--threads"),
 
 ])
 def test_bad_values(flags, words, world):

@@ -171,7 +171,7 @@ def test_updates_skipped_in_a_row_stop(one, folder):
 
 def test_rewards_that_teach_nothing_stop(one, folder):
     ended, said = one
-    assert "last 2 steps got the same reward (step 2: 1; 8 right)" in ended["all right"] and "too easy" in ended["all right"]
+    assert "last 2 steps all responses got the same reward (step 2: 1; 8 right)" in ended["all right"] and "too easy" in ended["all right"]
     assert "last 3 steps" in ended["unjudged"] and "8 no_box" in ended["unjudged"] and "--template" in ended["unjudged"]
     warnings = {name: sum(line.startswith("WARNING") for line in said[name]) for name in ("all right", "unjudged")}
     assert warnings == {"all right": 0, "unjudged": 1} and [line["accuracy"] for line in steps(folder / "all right")] == [1.0]
