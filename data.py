@@ -26,6 +26,8 @@ SOURCES = {"aime24": ("aime.json", "b5334984ccd54ba2"), "amc": ("amc.json", "675
            "math500": ("math.json", "53a30bdcb8a6b9f9"), "minerva": ("minerva.json", "9d1c3e98af98ee19"),
            "olympiadbench": ("olympiad_bench.json", "55da9de899fab853")}
 
+LONGEST_TOKEN = 256  # characters; Qwen's longest is a run of 128 spaces
+
 HUB_NAME = re.compile(r"(?!.*\.[a-zA-Z]\w*$)\w[\w.-]*(/\w[\w.-]*){1,2}")  # OWNER/NAME[/CONFIG] that ends in no file's suffix
 
 _STEPS = r" Let's think step by step and output the final answer within \boxed{}."  # the paper's suffix
@@ -75,7 +77,7 @@ def load_problems(path: str | os.PathLike, problem_key: str = "problem", answer_
         problems.append(problem | {"id": identity})
     if not problems and skipped:
         raise ValueError(f"{name}: none of its {len(skipped)} rows has a usable {problem_key!r} and {answer_key!r}; its columns are "
-                         f"{list(item)}: name the right ones with --problem_key and --answer_key ({skipped[0]})")
+                         f"{_short(list(item), 300)}: name the right ones with --problem_key and --answer_key ({skipped[0]})")
     if not problems:
         raise ValueError(f"{name}: holds no problems; expected objects with {problem_key!r} and {answer_key!r}")
     if skipped:
@@ -100,6 +102,8 @@ def _file_rows(path: Path):
             raise ValueError(f"{path}: no readable parquet file ({hub.one_line(error)}); get it again") from None
         return ((f"{path}, row {number}", row) for number, row in enumerate(rows))
     try:
+        if (nul := raw.find(b"\0")) >= 0:  # UTF-16 without its mark decodes
+            raise UnicodeDecodeError("utf-8", b"", nul, nul, "NUL")
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
@@ -119,14 +123,14 @@ def _problem(item, problem_key: str, answer_key: str) -> dict:
         raise ValueError(f"a {type(item).__name__}, not an object with {problem_key!r} and {answer_key!r}")
     for key, option in ((problem_key, "problem_key"), (answer_key, "answer_key")):
         if key not in item:
-            raise ValueError(f"no {key!r} among its keys {list(item)}; add it or name the right {option}")
+            raise ValueError(f"no {key!r} among its keys {_short(list(item), 300)}; add it or name the right {option}")
     problem, answer, identity = item[problem_key], item[answer_key], item.get("id")
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError(f"{problem_key!r} must be a string with text in it, not {_short(problem)}")
     answers = [_answer(one) for one in (answer if isinstance(answer, list) else [answer])]
     if not answers or None in answers:
         raise ValueError(f"{answer_key!r} must be a string, a number or a list of those, and not empty; it is {_short(answer)}")
-    identity = "" if identity is None else str(identity)
+    identity = str(identity) if isinstance(identity, (str, int, float)) else ""
     try:
         "".join([problem, identity, *answers]).encode()
     except UnicodeEncodeError:
@@ -150,24 +154,35 @@ def split_held_out(problems: list[dict], n: int) -> tuple[list[dict], list[dict]
 
 def _parse(text: str, where: str):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" if "line" in where.rpartition(", ")[2] else f"line {error.lineno}"
         raise ValueError(f"{where}: malformed JSON at {at} ({error.msg}); fix or remove it") from None
+    except KeyError as error:
+        raise ValueError(f"{where}: an object has the key {_short(error.args[0])} twice; fix or remove it") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
         raise ValueError(f"{where}: JSON that cannot be read; fix or remove it") from None
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """A JSON object. Of two values under one key Python would take the second. Raises KeyError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise KeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
 
 
 def _answer(value) -> str | None:
     if isinstance(value, str) and value.strip():
         return value
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
+    number = number and not isinstance(value, bool)
     return str(value) if number else None
 
 
-def _short(value) -> str:
+def _short(value, most=60) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= most else text[:most - 3] + "..."
 
 
 def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list[dict]:
@@ -292,9 +307,10 @@ def encode_prompts(problems: list[dict], tokenizer, template: str, max_prompt: i
     """The problems whose prompt has at most max_prompt tokens, each with its "prompt_ids" (list of int), and the number
     of the others. The dicts given are not changed. Raises ValueError if none remain, and what render does."""
     texts = [render(problem["problem"], tokenizer, template) for problem in problems]
+    short = [i for i, text in enumerate(texts) if len(text) <= LONGEST_TOKEN * max_prompt]  # to tokenise 10 MB takes 19 s and 4 GB
     chat = isinstance(_template(template)(""), list)  # chat formats write the special tokens themselves
-    ids = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"] if texts else []
-    kept = [{**problem, "prompt_ids": list(row)} for problem, row in zip(problems, ids) if 0 < len(row) <= max_prompt]
+    ids = tokenizer([texts[i] for i in short], add_special_tokens=not chat, verbose=False)["input_ids"] if short else []
+    kept = [{**problems[i], "prompt_ids": list(row)} for i, row in zip(short, ids) if 0 < len(row) <= max_prompt]
     if not kept:
         raise ValueError(f"none of {len(problems)} prompts has 1 to {max_prompt} tokens (the shortest: "
                          f"{min(map(len, ids), default=0)}): raise --max_prompt or check --data")

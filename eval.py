@@ -180,7 +180,7 @@ def of_run(model, name):
     """The value `name` of the run whose model/ or best/ this is; None where it is no run's."""
     try:
         return json.loads((Path(model).resolve().parent / "config.json").read_text())["values"][name]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -62,6 +62,8 @@ def _missing(folder):
     """What keeps a snapshot from being whole, "" if nothing: a killed download may leave any part of it."""
     index = Path(folder, "model.safetensors.index.json")
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ()
+    if outside := [name for name in shards if Path(name).name != name]:
+        raise ValueError(f"its {index.name} names a file outside its folder: {outside[0][:60]!r}")
     absent = sorted(name for name in ("config.json", *shards) if not Path(folder, name).is_file())
     if not absent and not any(Path(folder).glob("*.safetensors")):
         absent = ["*.safetensors"]
@@ -102,7 +104,7 @@ def check_model(folder, tp=1):
             raise ValueError(f"its embedding is {embedding[3]}, its config.json says {[vocab, hidden]}")
         if config.get("tie_word_embeddings") and head and digest(*head[:3]) != digest(*embedding[:3]):  # sharding would keep one of the two
             raise ValueError("its config.json says that head and embedding are one (tie_word_embeddings), its weights hold two: set it to false")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
         why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"--model {folder} is no model folder that can be trained ({why}); it needs config.json and whole *.safetensors") from None
     if not splits(tp, heads, kv_heads):

@@ -56,7 +56,7 @@ def shape_of(model):
         return shape(kind, c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], heads, c.get("num_key_value_heads") or heads,
                      c["vocab_size"], c.get("tie_word_embeddings", False), c.get("max_position_embeddings"),
                      c.get("head_dim") or (128 if kind == "qwen3" else None), c.get("attention_bias", False), c.get("mlp_bias", False))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

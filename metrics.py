@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -53,6 +54,7 @@ METRICS = {
     "value_loss": "mean per-token value loss, over all updates of the step",
     "grad_norm": "policy gradient norm before clipping, mean over updates",
     "critic_grad_norm": "critic gradient norm before clipping, mean over updates",
+    "skipped_updates": "updates of policy and critic skipped because loss or gradient was not finite; no mean here counts what is not finite",
     "lr": "learning rate of the policy",
     "gap_mean": "mean absolute difference of the log-probs by trainer and by sampler on fresh tokens: rounding if weights agree",
     "gap_max": "largest of them",
@@ -84,8 +86,9 @@ class Meter:
         self.seen = {}  # name -> [sum, count, max]
 
     def add(self, name, values, mask=None):
-        """values (…), counted where mask (…) is True."""
+        """values (…), counted where mask (…) is True and they are finite: of an update that was skipped they may be anything."""
         values = (values if mask is None else values[mask.bool()]).detach().double()
+        values = values[values.isfinite()]
         if values.numel():
             total, count, most = self.seen.get(name, (0.0, 0, -math.inf))
             self.seen[name] = [total + values.sum().item(), count + values.numel(), max(most, values.max().item())]
@@ -131,7 +134,7 @@ def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
         tis_mean=mean.get("tis"), tis_min=-most["tis_negative"] if "tis" in most else None,
         ratio_mean_fresh=mean.get("ratio_fresh"), ratio_max_fresh=most.get("ratio_fresh"),
         ratio_mean_history=mean.get("ratio_history"), ratio_max_history=most.get("ratio_history"),
-        grad_norm=mean["policy_grad_norm"], critic_grad_norm=mean.get("critic_grad_norm"),
+        grad_norm=mean.get("policy_grad_norm"), critic_grad_norm=mean.get("critic_grad_norm"),
         staleness=[ages.count(age) for age in range(cfg.window + 1)], gap_mean=gap.mean().item(), gap_max=gap.max().item())
     record |= {name: mean.get(name) for name in ("kl_base", "kl_prev", "clip_low_share", "clip_high_share", "entropy", "policy_loss", "value_loss",
                                                        "tis_truncated_share")}
@@ -189,7 +192,8 @@ class Recorder:
         if not self.ranks.first:
             return
         cuda = self.ranks.device.type == "cuda"
-        record["memory_peak_gib"] = (self.peak if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        record["memory_peak_gib"] = (self.peak if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
         line = {name: finite(record.get(name)) for name in METRICS}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
@@ -240,7 +244,7 @@ def console_line(m, steps, left=None):
 def best_evaluation(path):
     """The highest eval_accuracy of the training steps in metrics.jsonl (a path); -inf where there is none."""
     lines = [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
-    return max((line["eval_accuracy"] for line in lines if line["step"] and line["eval_accuracy"] is not None), default=-math.inf)
+    return max((line["eval_accuracy"] for line in lines if line["step"] and isinstance(line.get("eval_accuracy"), (int, float))), default=-math.inf)
 
 
 def truncate(path, last_step):
@@ -249,8 +253,8 @@ def truncate(path, last_step):
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # whatever a dying machine or another hand left there
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
     aside = path.with_name(path.name + ".tmp")

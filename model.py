@@ -6,6 +6,7 @@ Parameters are float32 masters; the computation is in bfloat16 on GPUs, float32 
 """
 
 import contextlib
+import math
 from functools import partial
 
 import torch
@@ -27,9 +28,10 @@ def pretrained(kind, folder, empty):
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else the critic's backbone reports the head that it does not want
     if not empty:
-        return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     with torch.device("meta"):
-        return kind.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32, trust_remote_code=False).eval()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return kind.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 class Policy(nn.Module):
@@ -198,19 +200,23 @@ class Learner:
         return [found[i] for i in range(len(samples))]
 
     def backward(self, loss):
-        """Accumulate the gradient of this rank's share of a global sum. FSDP2 averages over ranks, hence the factor."""
-        (loss * self.ranks.world).backward()
+        """Accumulate the gradient of this rank's share of a global sum. FSDP2 averages over ranks, hence the factor.
+
+        A loss that is not finite may have a gradient that is: 0 x loss, else 0, makes it NaN as well, so that its norm tells all ranks.
+        """
+        (loss * (1 + 0 * loss.detach()) * self.ranks.world).backward()
 
     def step(self, scale):
-        """Clip, update at learning rate lr x `scale`, clear. Returns the gradient's norm before clipping (float)."""
+        """Clip, update at learning rate lr x `scale`, clear. Returns the gradient's norm before clipping (float), the same on every rank.
+
+        Where it is not finite nothing is updated, neither weights nor the optimiser's state: alarms.py says so.
+        """
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.cfg.grad_clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * scale
-        if norm - norm == 0:  # neither inf nor NaN
+        if math.isfinite(norm):
             self.optimizer.step()
-        elif self.ranks.first:
-            print(f"skipped an update: the gradient's norm is {norm}", flush=True)
         self.optimizer.zero_grad()
         return norm
 

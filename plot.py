@@ -30,7 +30,8 @@ PANELS = (  # x, title, y axis, {metric: (line style, name in the panel's legend
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 # Runs may differ in these flags and still be one curve.
 NOT_IN_LABEL = {"algo", "seed", "out", "resume", "steps", "eval_every", "save_every", "keep", "samples", "threads",
-                "dry_run", "tensorboard", "wandb"}
+                "dry_run", "tensorboard", "wandb", "max_skipped", "max_equal_rewards", "dump_rollouts", "replay"}
+NO_NUMBERS = {"phase", "staleness", "eval_accuracy_by_part"}  # among a run's metrics
 
 
 def load_run(folder):
@@ -44,13 +45,16 @@ def load_run(folder):
         config["values"].items()
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: missing, or not that of a run ({type(error).__name__})") from None
     for number, line in enumerate(lines, 1):
         try:
-            metrics.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from None
+            row = dict(json.loads(line))
+            for values in (row.get("staleness") or [], [value for key, value in row.items() if key not in NO_NUMBERS]):
+                sum(value for value in values if value is not None)  # TypeError where one is no number
+            metrics.append(row)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not a JSON object of a run's metrics ({error})") from None
     if not metrics:
         raise ValueError(f"{path}: no metrics yet")
     return {"config": config, "metrics": metrics}

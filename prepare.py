@@ -13,6 +13,7 @@ import torch
 import data
 import hub
 import memory
+import replay
 import toy
 from config import SETTLED, VLLM_VERSION, ConfigError, check_vllm, context_length
 from distributed import check_gpus
@@ -26,10 +27,11 @@ def prepare(cfg, say):
     problems: what to train on; parts: name -> problems to evaluate on; dicts with id, problem, answer and prompt_ids.
     say: prints a line, on rank 0. Raises ValueError.
     """
-    check_gpus(check_vllm())
+    check_gpus(None if cfg.replay else check_vllm())
+    record = replay.recorded(cfg) if cfg.replay else None
     if cfg.template != "auto":
         data.template_style(cfg.template)
-    if cfg.reward:
+    if cfg.reward and not cfg.replay:
         own(cfg.reward)
     try:
         problems = toy.problems("train") if cfg.data == "toy" else data.load_problems(
@@ -38,9 +40,11 @@ def prepare(cfg, say):
         more = "" if os.path.isdir(cfg.model) else f" (with --model {cfg.model} in the same command, if that is not there either)"
         raise ValueError(f"{error}{more}") from None
     problems, held_out = data.split_held_out(problems, cfg.held_out)
-    names = cfg.eval_data.split(",") if cfg.eval_every else []
+    names = cfg.eval_data.split(",") if cfg.eval_every and not cfg.replay else []
+    if cfg.replay and cfg.eval_every:
+        say("no evaluations: --replay has no engine")
     parts = {name: held_out if name == "held_out" else load_eval_data(name, cfg.data_dir) for name in names}
-    if cfg.reward:
+    if cfg.reward and not cfg.replay:
         with Judge(1) as judge:  # once, before the first thousand
             try:
                 verdict, = judge.submit([("", problems[0]["answer"], cfg.reward)]).result()
@@ -56,6 +60,10 @@ def prepare(cfg, say):
     cfg.fingerprint = fingerprint(folder, problems)
     if cfg.resume and saved_fingerprint(cfg.out) not in (None, cfg.fingerprint):
         raise ValueError(f"the run in {cfg.out} was on other problems or another kind of model: --model and --data may move, not change")
+    if cfg.replay:
+        if record["fingerprint"] != cfg.fingerprint:
+            raise ValueError(f"--replay {cfg.replay} was recorded on other problems or another kind of model than --data and --model give")
+        settle(cfg, "the recording", **{name: record["settings"][name] for name in ("dtype", "rollout_dtype") if getattr(cfg, name) == "auto"})
     if cfg.dtype == "auto":
         settle(cfg, "the machine", dtype="bfloat16" if torch.cuda.is_available() else "float32")
     if cfg.rollout_dtype == "auto":
@@ -134,9 +142,10 @@ def exact(cfg):
 def describe_machine(cfg, folder, world, say):
     """Say on what the run trains and, on GPUs, whether it will fit: the verdict of --dry_run --gpus, on what they really have."""
     cuda = torch.cuda.is_available()
-    say(f"{world} rank{'s' * (world > 1)} on {torch.cuda.get_device_name() if cuda else 'CPU'}: training in {cfg.dtype}, vLLM {VLLM_VERSION} in "
-        f"{cfg.rollout_dtype}{' (its first start compiles for minutes)' * cuda}")
-    if cuda:
+    say(f"{world} rank{'s' * (world > 1)} on {torch.cuda.get_device_name() if cuda else 'CPU'}: training in {cfg.dtype}, " +
+        (f"on the rollouts in {cfg.replay}" if cfg.replay else
+         f"vLLM {VLLM_VERSION} in {cfg.rollout_dtype}{' (its first start compiles for minutes)' * cuda}"))
+    if cuda and not cfg.replay:
         size = torch.cuda.get_device_properties(0).total_memory / memory.GIB
         lines = memory.report(cfg, world, round(size, 1), folder)
         say("\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith(("fits", "does not", "memory:"))):]))

@@ -7,6 +7,7 @@ between the sampler's log-probs and the trainer's (train.py, `gap_mean`), which 
 
 import contextlib
 import hashlib
+import math
 import os
 import random
 from functools import partial
@@ -62,6 +63,7 @@ class Engine:
                 enforce_eager=not cuda, enable_sleep_mode=cuda, gpu_memory_utilization=cfg.engine_memory,
                 enable_prefix_caching=True,  # what an engine has of a group shares its prompt
                 kv_cache_memory_bytes=None if cuda else 1 << 30, max_num_batched_tokens=max(max_len, 8192),
+                trust_remote_code=False, load_format="safetensors",  # nothing that comes with a model is run
                 enable_chunked_prefill=cuda,  # on a CPU a seeded request whose prompt is split crashes: its generator cannot rewind
                 use_tqdm_on_load=False)
         os.environ["LOCAL_WORLD_SIZE"] = local_world
@@ -107,7 +109,8 @@ class Engine:
         """Sample one response per request; all of them, in order, on every rank.
 
         prompts: list of token-id lists; seeds: one per prompt. Returns dicts with `response` (T,) int64 including the end token,
-        `logp_sampler` (T,) float32 and `truncated`. Raises RuntimeError unless the engine is awake with `version`'s weights.
+        `logp_sampler` (T,) float32 and `truncated`. Raises RuntimeError unless the engine is awake with `version`'s weights, and
+        for anything less than one whole response to each prompt.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -130,7 +133,9 @@ class Engine:
         found = {i: as_response(output.outputs[0]) for i, output in list(zip(mine, outputs))[peer::self.tp]}
         for part in gather(found):
             found.update(part)
-        return [found[i] for i in range(len(prompts))]
+        responses = [found[i] for i in range(len(prompts))]
+        check_responses(responses)
+        return responses
 
     def sleep(self):
         """Free the GPU for training: weights and cache are dropped, the next update() brings them back. Nothing on a CPU.
@@ -147,12 +152,25 @@ class Engine:
 
 
 def as_response(output):
-    """vLLM's completion as plain tensors."""
+    """vLLM's completion as plain tensors. Raises RuntimeError where a token has no log-prob."""
     tokens, flat = list(output.token_ids), output.logprobs
+    if flat is None:
+        raise RuntimeError(f"the engine returned no log-probs of a response of {len(tokens)} tokens")
     if [flat.token_ids[i] for i in flat.start_indices] != tokens:  # the sampled token comes first at each position
         raise RuntimeError(f"the engine returned {len(flat.start_indices)} log-probs that are not those of its {len(tokens)} tokens")
-    logp = [flat.logprobs[i] for i in flat.start_indices]
+    logp = [math.nan if flat.logprobs[i] is None else flat.logprobs[i] for i in flat.start_indices]  # refused by check_responses()
     return dict(response=torch.tensor(tokens), logp_sampler=torch.tensor(logp, dtype=torch.float32), truncated=output.finish_reason == "length")
+
+
+def check_responses(responses):
+    """Raise RuntimeError unless each response (dicts as of generate()) has tokens, and each token a log-prob that is a number."""
+    for number, response in enumerate(responses):
+        tokens, logp = response["response"], response["logp_sampler"]
+        if not 0 < len(tokens) == len(logp):
+            raise RuntimeError(f"response {number} of {len(responses)} has {len(tokens)} tokens and {len(logp)} log-probs")
+        if not logp.isfinite().all():
+            raise RuntimeError(f"response {number} of {len(responses)} has sampler's log-probs that are not finite: the policy has diverged "
+                               "(a smaller --lr?), its weights never were finite, or the engine failed")
 
 
 @contextlib.contextmanager

@@ -35,7 +35,9 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import replay
 from advantage import gae, group_advantages, vtrace, whiten
+from alarms import Alarms, agree, check_gap, held
 from buffer import RingBuffer
 from config import exit_bad_input, fresh_before, preflight, schedule
 from distributed import gather, start
@@ -43,13 +45,12 @@ from eval import evaluate
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
 from metrics import Meter, Recorder, best_evaluation, measure, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
-from prepare import exact, prepare
+from prepare import prepare
 from reward import Judge
 from rollout import Engine, request_seed, stop_tokens
 from score import reflects, summarise
 
 STORED = ("prompt", "response", "logp_sampler", "logp_behavior", "logp_base", "version", "prompt_index", "reward", "advantage")
-GAP_BOUND = {True: 1e-3, False: 5e-2}  # by exact(cfg): mean |trainer - sampler|, measured 1e-7 and 3e-3 when weights agree
 
 
 def main(argv=None):
@@ -62,7 +63,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         exit_bad_input(error)
     with Judge(cfg.reward_workers) as judge:
-        if (cfg.reward or cfg.style) != "hash":  # plain text: no worker needed
+        if not cfg.replay and (cfg.reward or cfg.style) != "hash":  # which need no worker
             judge.start()  # before CUDA does
         ranks = start(cfg.threads)
         train(cfg, folder, tokenizer, problems, parts, judge, ranks, say)
@@ -74,8 +75,12 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
 
     problems: to train on; parts: name -> problems to evaluate on; all with prompt_ids. say: print, on rank 0.
     """
-    # the engine first: it measures what memory is free, then sleeps while the trainer fills it
-    engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
+    latest = checkpoint.newest(cfg.out) if cfg.resume else None
+    agree(cfg, checkpoint=latest and latest.name)
+    if cfg.replay:
+        engine = judge = replay.Replay(folder, cfg, ranks)  # responses and verdicts of another run
+    else:  # the engine first: it measures what memory is free, then sleeps while the trainer fills it
+        engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
     policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)
     learners = {"policy": policy}
     if cfg.advantage == "gae":
@@ -83,12 +88,11 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
     buffer, prompts, done = RingBuffer(cfg.window), data.PromptStream(problems, cfg.seed), 0
     snapshots = {"base": policy.snapshot()} if cfg.beta > 0 else {}
     if cfg.resume:
-        latest = checkpoint.newest(cfg.out)
         if latest:
             done, snapshots = checkpoint.load(latest, learners, buffer)
         say(f"resuming after step {done}")
     best = gather(open_run(cfg, done) if ranks.first else None)[0]
-    recorder, out = Recorder(cfg, ranks), Path(cfg.out)
+    recorder, alarms, out = Recorder(cfg, ranks), Alarms(cfg, say), Path(cfg.out)
     progress = partial(tqdm, leave=False, delay=2) if ranks.first else (lambda items, **_: items)
 
     def wake(version):
@@ -96,7 +100,7 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
 
     def score(version):
         """Evaluate the current policy; {} where no evaluation is due."""
-        if not cfg.eval_every or version % cfg.eval_every and version != cfg.steps:
+        if not parts or version % cfg.eval_every and version != cfg.steps:
             return {}
         with recorder.clock("eval"):
             wake(version)
@@ -142,17 +146,21 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
                 verdicts = collect(mine, pending.result())
                 for i, sample in enumerate(fresh):
                     sample["reward"], sample["reason"], sample["reflects"] = verdicts[i % ranks.world][i // ranks.world]
+            if cfg.dump_rollouts and ranks.first:
+                replay.dump(out / "rollouts", step, tokenizer, fresh, cfg)
+            alarms.responses(fresh, step)
             # 5 advantages under pi_k
             batch_advantages(batch, cfg)
             # 6 m passes of minibatch updates
-            meter = Meter()
+            meter, skipped = Meter(), 0
             with recorder.clock("update"):
                 scale = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
                 if "base" in snapshots and cfg.anchor == "prev" and weight_of_base(cfg, step + 1) < 1:
                     snapshots.pop("prev", None)  # its log-probs are known: one precedent in memory, not two
                     snapshots["prev"] = policy.snapshot()  # pi_k, before it changes: the next step's pi_{k-1}
-                for minibatch in progress(list(minibatches(batch, plan.utd, cfg, step)), desc="updates"):
-                    update(learners, minibatch, lam, version, scale, meter, cfg)
+                for i, minibatch in enumerate(progress(list(minibatches(batch, plan.utd, cfg, step)), desc="updates"), 1):
+                    norms = update(learners, minibatch, lam, version, scale, meter, cfg)
+                    skipped += alarms.skipped(norms, step, i)
             # 7 push the fresh groups; reincarnation at T
             if plan.phase == "mixed":
                 stored = [{key: sample[key] for key in STORED if key in sample} for sample in fresh]
@@ -170,9 +178,10 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
             with recorder.clock("save"):
                 checkpoint.export(out / "best", folder, policy, tokenizer, cfg, ranks)
         recorder.write(step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg) | evaluated | {
-            "lr": cfg.lr * scale, "epoch": fresh_before(cfg, step) / len(problems)})
+            "lr": cfg.lr * scale, "epoch": fresh_before(cfg, step) / len(problems), "skipped_updates": skipped})
         late = step < cfg.steps and recorder.out_of_time()
         if late or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
+            agree(cfg, step=step, history=held(buffer))
             with recorder.clock("save"):  # counted in the next step's line: this one's must stand before its checkpoint does
                 checkpoint.save(cfg.out, step, learners, snapshots, buffer, cfg.keep, ranks)
         if late:
@@ -193,7 +202,7 @@ def open_run(cfg, done):
     path = out / "config.json"
     if path.exists() and not cfg.resume:
         raise RuntimeError(f"another run has begun in {out} since this one was started")
-    earlier = json.loads(path.read_text())["argv"] if path.exists() else []
+    earlier = json.loads(path.read_text()).get("argv", []) if path.exists() else []
     text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "fingerprint": cfg.fingerprint, "torch": torch.__version__,
                        "argv": [*earlier, sys.argv[1:]]}, indent=1)
     aside = out / "config.json.tmp"
@@ -258,16 +267,6 @@ def frozen_log_probs(policy, batch, version, lam, snapshots, cfg, progress):
                 predict([sample for sample in batch if "logp_prev" not in sample], "logp_prev")
 
 
-def check_gap(gap, version, cfg):
-    """Stop when sampler and trainer disagree by more than rounding: the engine has other weights, or another temperature."""
-    bound = cfg.max_gap or GAP_BOUND[exact(cfg)]
-    if gap != gap:
-        raise RuntimeError(f"log-probs are not finite at version {version}: the policy has diverged (a smaller --lr?), or its weights never were")
-    if gap > bound:
-        raise RuntimeError(f"mean |trainer - sampler| log-prob is {gap:.2e} at version {version}, above {bound:.0e} (--max_gap): "
-                           "the engine's weights are not the trainer's")
-
-
 def batch_advantages(batch, cfg):
     """Step 5. PPO: from the current critic, whitened over the mixture. GRPO: the group's, stored with it when it was fresh."""
     if cfg.advantage == "group":
@@ -305,6 +304,7 @@ def update(learners, minibatch, lam, version, scale, meter, cfg):
     """One optimiser step on a minibatch: Mix-PPG + beta KL-convex - c H, and the critic's value loss.
 
     Losses are sums divided by the minibatch's global counts, so that ranks and micro-batches add up to the same gradient.
+    Returns the gradients' norms: learner -> float, not finite where its update was skipped.
     """
     policy, critic = learners["policy"], learners.get("critic")
     tokens = sum(len(sample["response"]) for sample in minibatch)
@@ -331,8 +331,10 @@ def update(learners, minibatch, lam, version, scale, meter, cfg):
             meter.add("value_loss", loss, mask)
             critic.backward(aggregate(loss, mask, "token", tokens))
         measure(meter, samples, logp.detach(), entropy, stats, b, mask, version, cfg)
-    for name, learner in learners.items():
-        meter.add(f"{name}_grad_norm", torch.tensor(learner.step(scale)))
+    norms = {name: learner.step(scale) for name, learner in learners.items()}
+    for name, norm in norms.items():
+        meter.add(f"{name}_grad_norm", torch.tensor(norm))
+    return norms
 
 
 def write_samples(out, step, tokenizer, samples):

@@ -307,6 +307,20 @@ def test_plot_answers_bad_input_in_one_line(tmp_path, spoil, message):
     assert answer.stderr.startswith("error: ") and message in answer.stderr and answer.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name, text", [
+    ("metrics.jsonl", "[" * 100_000), ("metrics.jsonl", '{"step": 0, "entropy": "high"}'), ("metrics.jsonl", '{"step": 0, "staleness": [1, "a"]}'),
+    ("metrics.jsonl", '{"step": ' + "9" * 5000 + "}"), ("metrics.jsonl", '{"step": [1]}'), ("metrics.jsonl", b"\xff\xfe"),
+    ("config.json", "[" * 100_000), ("config.json", b"\xff\xfe"), ("config.json", '{"values": [1]}')])
+def test_a_strangers_run_is_one_line(tmp_path, name, text):
+    run = write_run(tmp_path / "run", steps=4)
+    (run / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=name) as error:
+        plot.load_run(run)
+    assert "\n" not in str(error.value)
+    if name == "config.json":
+        assert "run has no readable config.json" in compare.train(run, ["--steps", "4"], 4)
+
+
 def test_plot_refuses_a_file_type_it_cannot_write(tmp_path):
     answer = command("plot.py", write_run(tmp_path / "run", steps=4), "--out", tmp_path / "a.xyz")
     assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "xyz" in answer.stderr

@@ -291,7 +291,7 @@ def bad_value(flags, *words, world=1):
     bad_value("--reward a/b.py:f", "--reward", "MODULE:FUNCTION"), bad_value("--gpus 8", "--dry_run"),
     bad_value("--dry_run --gpus 8 --gpu_memory 0", "--gpu_memory"), bad_value("--dry_run --gpu_memory 24", "--gpus"),
     bad_value("--dry_run --gpus 12 --hsdp", "machines of 8"), bad_value("--steps 100000000000", "--steps", "1e+06"),
-    bad_value("--window 1000000000000", "--window"), bad_value("--lr 1e300", "--lr"), bad_value("--threads 100000", "--threads"),
+    bad_value("--window 1000000000000", "--window"), bad_value("--max_skipped -1", "--max_skipped", "0"), bad_value("--max_equal_rewards -1", "--max_equal_rewards"), bad_value("--lr 1e300", "--lr"), bad_value("--threads 100000", "--threads"),
 
 ])
 def test_bad_values(flags, words, world):
@@ -495,6 +495,57 @@ def test_a_logger_that_is_not_installed(refuse, monkeypatch, package):
     assert f"pip install {package}" in refuse(f"--{package}", "--out", "run")
 
 
+def recording(folder, steps=2, text=None, **values):
+    """A folder of rollouts as a run with these flags would leave it: none, in fact, but all that is looked at before a model is."""
+    import replay
+    cfg = Config(algo="ppo", p=0.0, dtype="float32", rollout_dtype="float32", **values)
+    cfg.fingerprint = "0" * 64
+    folder.mkdir()
+    for step in range(1, steps + 1):
+        replay.dump(folder, step, None, [], cfg)
+    if text is not None:
+        (folder / "step_000001.json").write_bytes(text)
+    return folder
+
+
+@pytest.mark.parametrize("flags, change, words", [
+    ("", dict(), ["other problems or another kind of model"]),
+    ("--steps 5", dict(), ["no step 3 of the 5", "--steps 2 would do"]),
+    ("", dict(steps=0), ["no step 1 of the 2"]),
+    ("--seed 1", dict(), ["--seed 0, not 1", "--config"]),
+    ("--prompts 8", dict(prompts=9), ["--prompts 9, not 8"]),
+    ("--temperature 0.5", dict(), ["--temperature 1.0, not 0.5"]),
+    ("--reincarnate 1", dict(), ["--reincarnate 0, not 1"]),
+    ("", dict(text=b"[" * 100_000), ["step_000001.json", "RecursionError"]),
+    ("", dict(text=b"\xff\xfe"), ["step_000001.json", "UnicodeDecodeError"]),
+    ("", dict(text=b"{}"), ["step_000001.json", "KeyError"]),
+    ("", dict(text=b'{"fingerprint": "0", "settings": {"dtype": "int8"}, "samples": []}'), ["step_000001.json", "in which types"]),
+    ("", dict(text=b'{"fingerprint": "0", "settings": {"dtype": ["a"]}, "samples": []}'), ["step_000001.json", "TypeError"]),
+    ("", dict(text=b'{"fingerprint": "0", "settings": {}, "samples": {}}'), ["step_000001.json", "no record"])])
+def test_bad_recordings(refuse, tmp_path, small_model, monkeypatch, flags, change, words):
+    """Each is one line before a model is loaded, and vLLM need not be there."""
+    import config
+    import prepare
+    for module in (config, prepare):
+        monkeypatch.setattr(module, "check_vllm", lambda: pytest.fail("asked for vLLM"))
+    folder = recording(tmp_path / "rollouts", **dict(prompts=8) | change)
+    said = refuse("--algo", "ppo", "--prompts", 8, "--steps", 2, "--model", small_model, "--data", problems(tmp_path, FINE), "--max_prompt", 100,
+                  "--replay", folder, "--out", "run", *flags.split())
+    assert all(word in said for word in [str(folder), *words]), said
+
+
+def test_replay_of_nothing(refuse, tmp_path, small_model):
+    said = refuse("--model", small_model, "--data", problems(tmp_path, FINE), "--replay", tmp_path / "nowhere", "--out", "run")
+    assert "nowhere: no such folder" in said and "--dump_rollouts" in said
+    folder = recording(tmp_path / "rollouts", prompts=8)
+    (folder / "step_000002.safetensors").unlink()
+    assert "no step 2" in refuse("--algo", "ppo", "--prompts", 8, "--steps", 2, "--model", small_model, "--data", problems(tmp_path, FINE),
+                                 "--replay", folder, "--out", "run")
+    (folder / "step_000001.safetensors").write_bytes(b"\x80\x04N.")  # a pickle is no safetensors
+    assert "cannot be read" in refuse("--algo", "ppo", "--prompts", 8, "--steps", 1, "--model", small_model, "--data", problems(tmp_path, FINE),
+                                      "--replay", folder, "--out", "run")
+
+
 def test_a_run_is_not_overwritten(refuse, tmp_path):
     held = saved_run(tmp_path / "held")
     (held / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -518,9 +569,11 @@ def test_resume_without_a_run(refuse, tmp_path):
     assert "--out" in refuse("--resume")
     assert "nothing to resume" in refuse("--resume", "--out", tmp_path / "run")
     (tmp_path / "broken").mkdir()
-    for text in ("{", "[]", "{}", '{"values": 3}'):
-        (tmp_path / "broken" / "config.json").write_text(text)
+    for text in ("{", "[]", "{}", '{"values": 3}', "[" * 100_000, '{"values": {"steps": ' + "9" * 5000 + "}}", b"\xff\xfe",
+                 '{"values": {"steps": 3}, "sources": {"steps": 3}}', '{"values": {"steps": 3}, "sources": [1]}'):
+        (tmp_path / "broken" / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
         assert "nothing to resume" in refuse("--resume", "--out", tmp_path / "broken")
+        assert "nothing to repeat" in refuse("--config", tmp_path / "broken" / "config.json", "--out", "run")
 
 
 def test_bad_model_folders(refuse, tmp_path, model_copy):
@@ -565,6 +618,8 @@ def test_weights_that_are_not_whole(refuse, tmp_path, model_copy):
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors", "lm_head.weight": "model.safetensors"}}
     (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00002-of-00002.safetensors is missing" in refuse(*common)
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model/model.safetensors"}}))
+    assert "names a file outside its folder: '../model/model.safetensors'" in refuse(*common)
     (model_copy / "model.safetensors.index.json").write_text("[]")
     assert "no model folder" in refuse(*common)
     (model_copy / "model.safetensors.index.json").unlink()

@@ -88,6 +88,17 @@ GOOD = '{"problem": "p", "answer": "1"}\n'
     ("deep.jsonl", GOOD + "[" * 100_000, ["line 2", "fix"]),
     ("digits.jsonl", GOOD + '{"problem": "p", "answer": ' + "9" * 5000 + "}", ["line 2", "fix"]),
     ("object.json", '{"problem": "p", "answer": "1"}', ["dict", "[ ]"]),
+    ("deep_object.jsonl", GOOD + '{"a":' * 100_000, ["line 2", "fix"]),
+    ("nested_answer.jsonl", GOOD + '{"problem": "p", "answer": ' + "[" * 900 + "1" + "]" * 900 + "}", ["line 2", "'answer'"]),
+    ("infinity.jsonl", GOOD + '{"problem": "p", "answer": 1e999}', ["line 2", "inf"]),
+    ("large.jsonl", GOOD + '{"problem": "' + 20_000_000 * "a" + '", "answer": }', ["line 2", "column 20000027", "malformed"]),
+    ("keys.jsonl", GOOD + json.dumps({"k" * 1000 + str(i): 1 for i in range(1000)}), ["line 2", "'problem'", "..."]),
+    ("twice_a_key.jsonl", GOOD + '{"problem": "p", "answer": "1", "answer": "2"}', ["line 2", "'answer' twice"]),
+    ("utf16.jsonl", GOOD.encode("utf-16"), ["line 1", "UTF-8"]),
+    ("utf16_without_mark.jsonl", GOOD.encode("utf-16-le"), ["line 1", "UTF-8"]),
+    ("nul.jsonl", GOOD + '{"problem": "p\0", "answer": "1"}', ["line 2", "UTF-8"]),
+    ("mark.jsonl", GOOD + "\ufeff" + GOOD, ["line 2", "column 1", "BOM"]),
+    ("cr.jsonl", GOOD.replace("\n", "\r") * 2, ["line 1", "malformed"]),
     ("list.jsonl", GOOD + "[1, 2]\n", ["line 2", "list", "not an object"]),
     ("item.json", "[" + GOOD + ', "p"]', ["item 2", "str", "not an object"]),
     ("key.jsonl", GOOD + '{"question": "p", "answer": "1"}', ["line 2", "'problem'", "'question'", "problem_key"]),
@@ -113,9 +124,20 @@ def test_a_bad_file_is_one_clear_line(tmp_path, name, text, words):
     with pytest.raises(ValueError) as caught:
         data.load_problems(path)
     message = str(caught.value)
-    assert "\n" not in message and len(message) - len(str(path)) < 200
+    assert "\n" not in message and len(message) - len(str(path)) < 450
     for word in [str(path), *words]:
         assert word in message
+
+
+def test_odd_files_that_are_right(tmp_path):
+    """A byte order mark, Windows' line ends, a line of 20 MB, an answer of 4,000 digits, ids that look like paths: text, and nothing else."""
+    rows = [{"id": "../../../etc/passwd", "problem": "a" * 20_000_000, "answer": int("9" * 4000)}, {"id": "/a\0b", "problem": "p", "answer": 1},
+            {"id": {"not": "text"}, "problem": "q", "answer": 2}]
+    path = write(tmp_path / "odd.jsonl", b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode())
+    found = data.load_problems(path)
+    assert [p["id"] for p in found] == ["../../../etc/passwd", "/a\0b", "odd/2"]
+    assert [p["answer"] for p in found] == ["9" * 4000, "1", "2"] and len(found[0]["problem"]) == 20_000_000
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_is_no_file(tmp_path):
@@ -348,6 +370,20 @@ def test_long_prompts_are_counted_and_dropped():
     assert all("prompt_ids" not in problem for problem in problems)
     with pytest.raises(ValueError, match="none of 5 prompts.*shortest: 9.*--max_prompt"):
         data.encode_prompts([{**problem, "problem": "1" * 9} for problem in problems], make_tokenizer(), "raw", 8)
+
+
+def test_what_cannot_fit_is_not_tokenised():
+    """To tokenise 10 MB takes 19 s and 4 GB."""
+    given = []
+
+    def tokenizer(texts, **_):
+        given.extend(texts)
+        return {"input_ids": [[1] * len(text) for text in texts]}
+    texts = ["a" * 20_000_000, "a", "a" * (8 * data.LONGEST_TOKEN + 1), "a" * 9, "a" * 8]
+    kept, skipped = data.encode_prompts([{"problem": text} for text in texts], tokenizer, "raw", 8)
+    assert given == ["a", "a" * 9, "a" * 8] and [len(p["problem"]) for p in kept] == [1, 8] and skipped == 3
+    with pytest.raises(ValueError, match="none of 1 prompts"):
+        data.encode_prompts([{"problem": texts[0]}], tokenizer, "raw", 8)
 
 
 def test_load_tokenizer(tmp_path):

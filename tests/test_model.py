@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -342,12 +343,26 @@ def test_ranks_hold_the_same_parameters(seen):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_gradient_that_is_not_finite_changes_nothing(seen, world):
+def test_an_update_that_is_not_finite_changes_nothing(seen, world):
+    """Neither weights nor AdamW's moments and count, on any rank, though one rank alone has the sample; nor what a usual update does
+    after it. The critic is judged by itself. Means stay finite."""
     for rank in seen[world]:
-        (before, after, state), (_, then, _) = rank["broken_update"]["broken first"]
-        assert equal(before, after) and state == 0
-        (_, usual, _), = rank["broken_update"]["usual"]
-        assert equal(usual, then) and not equal(usual, before)
+        usual, broken, critic = (rank["broken_update"][case] for case in ("usual", "broken", "critic"))
+        finite = [{name: math.isfinite(norm) for name, norm in norms.items()} for _, norms, _ in broken]
+        assert finite == [dict(policy=fine, critic=True) for fine in (False, True, False, False, True)]
+        policy = [states["policy"] for states, _, _ in broken]
+        assert all("/" not in key for key in policy[0])  # no moments yet
+        assert equal(policy[1], usual[0][0]["policy"]) and any(key.endswith("/step") for key in policy[1])
+        assert equal(policy[1], policy[2]) and equal(policy[2], policy[3])
+        assert equal(policy[4], usual[1][0]["policy"]) and not equal(policy[4], policy[3])
+        assert not equal(broken[2][0]["critic"], broken[3][0]["critic"])  # it went on
+        (before, _, _), (after, norms, _) = critic
+        assert math.isfinite(norms["policy"]) and math.isnan(norms["critic"])
+        assert equal(before["critic"], after["critic"]) and not equal(before["policy"], after["policy"])
+        for _, _, means in broken + critic:
+            assert all(map(math.isfinite, means.values()))
+        assert "policy_grad_norm" not in broken[0][2] and "critic_grad_norm" not in critic[1][2]
+    assert [norms for _, norms, _ in seen[world][0]["broken_update"]["usual"]] == [norms for _, norms, _ in seen[world][-1]["broken_update"]["usual"]]
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])

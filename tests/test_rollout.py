@@ -95,6 +95,14 @@ def test_order_of_calls_around_sleep(one):
     assert all("asleep" in message for message in one["sleeping"]["asleep"])
 
 
+@pytest.mark.parametrize("name, words", [
+    ("fewer", ["1 responses to 2 requests"]), ("none", ["0 responses to 2 requests"]), ("empty", ["response 1 of 2", "0 tokens"]),
+    ("NaN", ["response 1 of 2", "not finite"]), ("null", ["response 1 of 2", "not finite"]), ("infinite", ["response 0 of 2", "not finite"]),
+    ("absent", ["no log-probs"])])
+def test_less_than_a_whole_response_to_each_request_is_refused(one, name, words):
+    assert all(word in one["sleeping"][name] for word in words), one["sleeping"][name]
+
+
 def test_the_exported_model_in_a_new_engine(one):
     """What train.py saved, loaded by vLLM from its folder: the log-probs of training; in bfloat16, rounding shows."""
     assert one["exported"]["gap"] < 1e-4 < 1e-3 < one["exported"]["gap, bfloat16"] < 0.3

@@ -143,18 +143,20 @@ def updates(folder, ranks):
 
 
 def broken_update(folder, ranks):
-    """A gradient that is not finite, then a usual one; beside it the usual one alone."""
-    samples = torch.load(folder / "samples-tied.pt")
-    broken = [dict(s) for s in samples]
-    broken[2]["advantages"] = broken[2]["advantages"] * float("inf")
+    """State and norms after updates of which some are not finite, in one sample, which one rank has: its gradient, its loss alone, its returns."""
+    usual, (gradient, loss, returns) = torch.load(folder / "samples-tied.pt"), ([dict(s) for s in torch.load(folder / "samples-tied.pt")] for _ in range(3))
+    gradient[2]["advantages"] = gradient[2]["advantages"] * float("inf")
+    loss[2]["logp_base"] = torch.full_like(loss[2]["logp_base"], -float("inf"))  # k3 = inf, its slope 1
+    returns[2]["returns"] = returns[2]["returns"] * float("nan")  # the critic's alone
     cfg, seen = config(micro_tokens=10_000), {}
-    for case, batches in {"usual": [samples], "broken first": [broken, samples]}.items():
-        learners = build(folder, "tied", cfg, ranks)
-        policy, seen[case] = learners["policy"], []
+    for case, batches in {"usual": [usual, usual], "broken": [gradient, usual, loss, gradient, usual], "critic": [usual, returns]}.items():
+        learners, seen[case] = build(folder, "tied", cfg, ranks, critic=True), []
         for batch in batches:
-            before = full(policy.module.named_parameters())
-            train.update(learners, batch, LAM, VERSION, 1.0, Meter(), cfg)
-            seen[case].append((before, full(policy.module.named_parameters()), len(policy.optimizer.state)))
+            meter = Meter()
+            norms = train.update(learners, batch, LAM, VERSION, 1.0, meter, cfg)
+            states = {name: state_of({name: learner})[name] if learner.optimizer.state else full(learner.module.named_parameters())
+                      for name, learner in learners.items()}
+            seen[case].append((states, norms, meter.gathered()[0]))
     return seen
 
 
@@ -349,11 +351,23 @@ def alarms(engine, policy):
     return seen
 
 
+def completion(tokens, logp):
+    flat = Has(token_ids=[*tokens, 7], logprobs=[*logp, -0.1], start_indices=list(range(len(tokens))))
+    return Has(token_ids=tuple(tokens), logprobs=flat, finish_reason="stop")
+
+
+ANSWER = completion([4], [-0.5])
+BROKEN_ANSWERS = {"fewer": lambda requests: [ANSWER] * (len(requests) - 1), "none": lambda requests: [],
+                  "empty": lambda requests: [ANSWER, completion([], [])], "NaN": lambda requests: [ANSWER, completion([4, 5], [-0.5, float("nan")])],
+                  "null": lambda requests: [ANSWER, completion([4, 5], [None, -0.5])], "infinite": lambda requests: [completion([4], [-float("inf")]), ANSWER],
+                  "absent": lambda requests: [ANSWER, Has(token_ids=(4,), logprobs=None, finish_reason="stop")]}
+
+
 class RecordingLLM:
     """vLLM's interface as the engine uses it: notes the calls, answers each request with one token."""
 
-    def __init__(self, take=None, clean=True):
-        self.calls, self.take, self.clean = [], take, clean
+    def __init__(self, take=None, clean=True, answers=None):
+        self.calls, self.take, self.clean, self.answers = [], take, clean, answers or (lambda requests: [ANSWER] * len(requests))
 
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
@@ -370,8 +384,7 @@ class RecordingLLM:
 
     def generate(self, requests, parameters, use_tqdm):
         self.calls.append("generate")
-        answer = Has(token_ids=(4,), logprobs=Has(token_ids=[4, 7], logprobs=[-0.5, -0.1], start_indices=[0]), finish_reason="stop")
-        return [Has(outputs=[answer]) for _ in requests]
+        return [Has(outputs=[answer]) for answer in self.answers(requests)]
 
 
 def sleeping(engine):
@@ -394,6 +407,10 @@ def sleeping(engine):
     torch.cuda.mem_get_info = real_memory
     engine.llm = RecordingLLM(clean=False)
     seen["old blocks"] = refused(lambda: engine.update(6, iter(pairs), {"a", "b"})), refused(lambda: ask(engine, [0], version=6))
+    for version, (name, answers) in enumerate(BROKEN_ANSWERS.items(), 100):
+        engine.llm = RecordingLLM(answers=answers)
+        engine.update(version, iter(pairs), {"a", "b"})
+        seen[name] = refused(lambda: ask(engine, [0, 1], version=version))
     engine.llm = RecordingLLM(take=1)
     seen["not consumed"] = refused(lambda: engine.update(6, iter(pairs), {"a"}))
     engine.llm, engine.sleeps = real
