@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+import faults
 from config import ConfigError, check_vllm, context_length, exit_bad_input
 
 # Self-reflection keywords of the authors' evaluation code, matched as they do: substrings of the lower-cased response.
@@ -158,7 +159,7 @@ def main(argv=None):
     from distributed import start
     from rollout import Engine, stop_tokens
 
-    with Judge(args.reward_workers) as judge:
+    with faults.reported(), Judge(args.reward_workers) as judge:
         ranks = start(args.threads)
         if args.dtype == "auto":
             args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -196,4 +197,5 @@ def table(scores):
 
 
 if __name__ == "__main__":
+    faults.guard()
     sys.exit(main())

@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import resource
 import time
 from pathlib import Path
 
 import torch
 
+import faults
 from config import total_rollouts
 from distributed import gather
 from loss import kl
@@ -158,9 +160,12 @@ class Recorder:
                 self.wandb = wandb.init(project="remix", id=identity, name=out.name, config=vars(cfg), resume="allow" if cfg.resume else None)
 
     @contextlib.contextmanager
-    def clock(self, phase):
-        begin = time.perf_counter()
+    def clock(self, phase, step=None):
+        """Adds the time inside to seconds_`phase`; an error inside is reported with phase and step (faults.py)."""
+        begin, outer = time.perf_counter(), faults.Here.phase
+        faults.Here.phase, faults.Here.step = phase, step or faults.Here.step
         yield
+        faults.Here.phase = outer
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
             free, total = torch.cuda.mem_get_info()  # PyTorch's own count would hold a sleeping engine for awake, and keeps a phase's blocks
@@ -185,6 +190,7 @@ class Recorder:
         line = {name: finite(record.get(name)) for name in METRICS}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
+        os.fsync(self.file.fileno())  # on the disk before the step's checkpoint is: a resumed run lacks no line
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         numbers |= {f"eval_accuracy/{part}": value for part, value in (line["eval_accuracy_by_part"] or {}).items()}
         if self.tensorboard:
@@ -195,11 +201,19 @@ class Recorder:
         left = (now - self.begin) / self.steps * (self.cfg.steps - line["step"]) if self.steps else None  # s
         print(console_line(line, self.cfg.steps, left), flush=True)
 
-    def out_of_time(self):
-        """Whether another step as long as the longest might end later than --max_hours. A collective: rank 0's clock decides."""
-        if not self.cfg.max_hours:
-            return False
-        return gather(time.perf_counter() - STARTED + self.longest > 3600 * self.cfg.max_hours)[0]
+    def stop(self, step):
+        """Why the run ends with `step`, before its last: the name of a signal to any rank, or a text on --max_hours; else None.
+
+        A collective. Out of time is when another step as long as the longest might end later, by rank 0's clock.
+        """
+        hours = self.cfg.max_hours
+        late = hours and time.perf_counter() - STARTED + self.longest > 3600 * hours
+        seen = gather((faults.Here.notice, late))
+        notice = next((name for name, _ in seen if name), None)
+        late = f"the next one might end later than --max_hours {hours}" if seen[0][1] else None
+        last = step == self.cfg.steps
+        faults.Here.leaving = bool(last or notice or late)
+        return None if last else notice or late
 
     def close(self):
         if self.ranks.first:
@@ -245,6 +259,14 @@ def truncate(path, last_step):
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
+    rewrite(path, "".join(kept))
+
+
+def rewrite(path, text):
+    """Put `text` in the place of a file's: aside, on the disk, renamed, so that either the old or the new is there, whole."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)

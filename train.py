@@ -27,6 +27,8 @@ from pathlib import Path
 
 if __name__ == "__main__":  # bad flags and --dry_run are answered here: the imports below take seconds
     import config
+    import faults
+    faults.guard()
     config.preflight(sys.argv[1:])
 
 import torch
@@ -35,13 +37,14 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import faults
 from advantage import gae, group_advantages, vtrace, whiten
 from buffer import RingBuffer
-from config import exit_bad_input, fresh_before, preflight, schedule
+from config import check_files, exit_bad_input, fresh_before, preflight, schedule
 from distributed import gather, start
 from eval import evaluate, reflects, summarise
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
-from metrics import Meter, Recorder, best_evaluation, measure, step_metrics, truncate
+from metrics import Meter, Recorder, best_evaluation, measure, rewrite, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
 from prepare import exact, prepare
 from reward import Judge
@@ -58,10 +61,13 @@ def main(argv=None):
     try:
         folder, tokenizer, problems, parts = prepare(cfg, say)
         os.makedirs(cfg.out, exist_ok=True)  # what cannot be written to is known now, not after the first step
+        if os.environ.get("RANK", "0") == "0":
+            faults.hold(cfg.out)
+            check_files(cfg)  # again: another run may have begun here in the meantime
     except (ValueError, OSError) as error:
         exit_bad_input(error)
-    with Judge(cfg.reward_workers) as judge:
-        ranks = start(cfg.threads)
+    with faults.reported(), Judge(cfg.reward_workers) as judge:
+        ranks = start(cfg.threads, cfg.collective_timeout)
         train(cfg, folder, tokenizer, problems, parts, judge, ranks, say)
     dist.destroy_process_group()
 
@@ -71,6 +77,7 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
 
     problems: to train on; parts: name -> problems to evaluate on; all with prompt_ids. say: print, on rank 0.
     """
+    faults.Here.out, faults.Here.phase = cfg.out, "loading"
     # the engine first: it measures what memory is free, then sleeps while the trainer fills it
     engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
     policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)
@@ -105,6 +112,7 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
         return {"eval_accuracy": mean["pass@1"], "eval_accuracy_by_part": {name: summary["pass@1"] for name, summary in found.items()},
                 "eval_length_mean": mean["length_mean"], "eval_truncated_share": mean["truncated_share"]}
 
+    stopped = None
     if done == 0:
         evaluated = score(0)
         if evaluated:
@@ -113,7 +121,7 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
     for step in range(done + 1, cfg.steps + 1):
         plan, version = schedule(cfg, step), step - 1
         lam = weight_of_base(cfg, step)
-        with recorder.clock("step"):
+        with recorder.clock("step", step):
             # 1 generate with pi_k
             with recorder.clock("generate"):
                 wake(version)
@@ -168,16 +176,18 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
                 checkpoint.export(out / "best", folder, policy, tokenizer, cfg, ranks)
         recorder.write(step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg) | evaluated | {
             "lr": cfg.lr * scale, "epoch": fresh_before(cfg, step) / len(problems)})
-        late = step < cfg.steps and recorder.out_of_time()
-        if late or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
+        stopped = recorder.stop(step)
+        if stopped or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
             with recorder.clock("save"):  # counted in the next step's line: this one's must stand before its checkpoint does
                 checkpoint.save(cfg.out, step, learners, snapshots, buffer, cfg.keep, ranks)
-        if late:
-            say(f"stopped after step {step}: the next one might end later than --max_hours {cfg.max_hours}; --resume goes on")
+        if stopped:
+            say(f"stopped after step {step}: {stopped}; --resume goes on")
             break
-    checkpoint.export(out / "model", folder, policy, tokenizer, cfg, ranks)
+    if stopped not in faults.SIGNALS:  # which leave no time for it
+        with recorder.clock("export"):
+            checkpoint.export(out / "model", folder, policy, tokenizer, cfg, ranks)
+        say(f"the trained model is in {out / 'model'}")
     recorder.close()
-    say(f"the trained model is in {out / 'model'}")
 
 
 def open_run(cfg, done):
@@ -193,9 +203,8 @@ def open_run(cfg, done):
     earlier = json.loads(path.read_text())["argv"] if path.exists() else []
     text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "fingerprint": cfg.fingerprint, "torch": torch.__version__,
                        "argv": [*earlier, sys.argv[1:]]}, indent=1)
-    aside = out / "config.json.tmp"
-    aside.write_text(text)
-    aside.replace(path)
+    rewrite(path, text)
+    checkpoint.sweep(out)
     for name in ("metrics.jsonl", "samples.jsonl"):
         truncate(out / name, done if done else -1)
     return best_evaluation(out / "metrics.jsonl")
