@@ -149,7 +149,6 @@ class Recorder:
         self.steps, self.longest = 0, 0.0  # done by this process; the longest, evaluation and saving included (s)
         self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = cfg, ranks, {}, None, None
         if ranks.first:
-            self.file = open(Path(cfg.out) / "metrics.jsonl", "a", encoding="utf-8")
             if cfg.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(Path(cfg.out) / "tensorboard")
@@ -188,9 +187,7 @@ class Recorder:
         cuda = self.ranks.device.type == "cuda"
         record["memory_peak_gib"] = (self.peak if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
         line = {name: finite(record.get(name)) for name in METRICS}
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())  # on the disk before the step's checkpoint is: a resumed run lacks no line
+        append(Path(self.cfg.out) / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         numbers |= {f"eval_accuracy/{part}": value for part, value in (line["eval_accuracy_by_part"] or {}).items()}
         if self.tensorboard:
@@ -216,8 +213,6 @@ class Recorder:
         return None if last else notice or late
 
     def close(self):
-        if self.ranks.first:
-            self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -263,10 +258,18 @@ def truncate(path, last_step):
 
 
 def rewrite(path, text):
-    """Put `text` in the place of a file's: aside, on the disk, renamed, so that either the old or the new is there, whole."""
+    """Put `text` in the place of a file's: aside, then renamed, so that either the old or the new is there, whole."""
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    append(aside, text, "w")
     aside.replace(path)
+
+
+def append(path, text, mode="a"):
+    """Add `text` to a file, to the disk itself: a line of metrics stands before its step's checkpoint does. Raises OSError that names the file."""
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error.strerror}") from None

@@ -44,7 +44,7 @@ from config import check_files, exit_bad_input, fresh_before, preflight, schedul
 from distributed import gather, start
 from eval import evaluate, reflects, summarise
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
-from metrics import Meter, Recorder, best_evaluation, measure, rewrite, step_metrics, truncate
+from metrics import Meter, Recorder, append, best_evaluation, measure, rewrite, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
 from prepare import exact, prepare
 from reward import Judge
@@ -343,10 +343,9 @@ def update(learners, minibatch, lam, version, scale, meter, cfg):
 
 def write_samples(out, step, tokenizer, samples):
     """Some fresh responses of the step, for reading."""
-    with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
-        for sample, text in decoded(tokenizer, samples):
-            file.write(json.dumps({"step": step, "prompt": tokenizer.decode(sample["prompt"]), "response": text, "answer": sample["answer"],
-                                   "reward": sample["reward"], "reason": sample["reason"]}) + "\n")
+    append(out / "samples.jsonl", "".join(
+        json.dumps({"step": step, "prompt": tokenizer.decode(sample["prompt"]), "response": text, "answer": sample["answer"],
+                    "reward": sample["reward"], "reason": sample["reason"]}) + "\n" for sample, text in decoded(tokenizer, samples)))
 
 
 if __name__ == "__main__":

@@ -165,11 +165,12 @@ def two_at_a_time(request):
         pool.shutdown(cancel_futures=True)
 
 
-def metrics_of(folder):
-    """The lines of a run's metrics.jsonl; strict JSON."""
+def metrics_of(folder, unfinished=False):
+    """The lines of a run's metrics.jsonl; strict JSON. `unfinished`: a run that is going on may be writing its last."""
     def refuse(constant):
         raise ValueError(f"{constant} is not strict JSON")
-    return [json.loads(line, parse_constant=refuse) for line in open(Path(folder) / "metrics.jsonl")]
+    lines = open(Path(folder) / "metrics.jsonl").readlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines if line.endswith("\n") or not unfinished]
 
 
 def comparable(line):
