@@ -4,7 +4,7 @@
     reported()    what ends a run is said in one line with rank, step and phase
     hold(out)     one run at a time in a folder
 
-A notice before the first step ends the process at once. In a step the loop has 25 s to reach the step's end, where all ranks agree, save
+A notice before the first step (or in eval.py) ends the process at once. In a step the loop has 25 s to reach the step's end, where all ranks agree, save
 and leave; else the process ends as it is, and the line names the checkpoint that stands. A second signal always ends it at once.
 Python's own signal handlers would wait until the main thread leaves C++ (a generation, a collective): a thread waits for the signals.
 The standard library alone, so that guard() comes before the imports that take seconds.
@@ -74,7 +74,7 @@ def watch(reader, _writer):
     Here.notice, came = signal.Signals(number).name, time.monotonic()
     first = Here.rank == "0"
     if Here.step is None:
-        end(f"{Here.notice} before the first step: {stands()}" if first else None, 128 + number)
+        end(f"stopped by {Here.notice}; {stands()}" if first else None, 128 + number)
     if first:
         print(f"{Here.notice}: this run saves and stops at the end of step {Here.step}; another signal stops it at once", flush=True)
     reader.settimeout(0.5)

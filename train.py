@@ -58,11 +58,12 @@ def main(argv=None):
     """Check everything that can be checked without a model, then train."""
     cfg = preflight(sys.argv[1:] if argv is None else argv)
     say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
+    faults.Here.out = cfg.out
     try:
         folder, tokenizer, problems, parts = prepare(cfg, say)
         os.makedirs(cfg.out, exist_ok=True)  # what cannot be written to is known now, not after the first step
         if os.environ.get("RANK", "0") == "0":
-            faults.hold(cfg.out)
+            faults.hold(cfg.out, say=say)
             check_files(cfg)  # again: another run may have begun here in the meantime
     except (ValueError, OSError) as error:
         exit_bad_input(error)
@@ -77,7 +78,6 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
 
     problems: to train on; parts: name -> problems to evaluate on; all with prompt_ids. say: print, on rank 0.
     """
-    faults.Here.out, faults.Here.phase = cfg.out, "loading"
     # the engine first: it measures what memory is free, then sleeps while the trainer fills it
     engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
     policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)

@@ -116,6 +116,8 @@ def test_a_run_resumed_on_another_number_of_ranks(whole, tmp_path, algo, before,
 def kill(run, what):
     """kill -9 of: `rank` (one of the two), `ranks`, `torchrun` alone, its process `group`."""
     ranks = run.ranks
+    if not ranks:  # torchrun itself has hardly begun
+        what = "group"
     if what == "group":
         os.killpg(run.pid, signal.SIGKILL)
     for pid in {"rank": ranks[-1:], "ranks": ranks, "torchrun": [run.pid], "group": []}[what]:
@@ -124,10 +126,13 @@ def kill(run, what):
 
 
 def moment(run, out, when, rng):
-    """Wait for a moment to kill at: some `time` from the start on, a `checkpoint` half written, a line of `metrics` being flushed."""
+    """Wait for a moment to kill at: while it comes to its `start`, some `time` in its steps, a `checkpoint` half written, a line of `metrics` being flushed."""
     end, metrics = time.monotonic() + 120, out / "metrics.jsonl"
+    if when == "start":
+        return time.sleep(rng.uniform(0.5, 15))
     if when == "time":
-        return time.sleep(rng.uniform(0.5, 25))
+        run.wait_for("\nstep ")
+        return time.sleep(rng.uniform(0, 10))
     time.sleep(5)
     before = metrics.stat().st_size if metrics.exists() else 0
     while time.monotonic() < end and run.process.poll() is None:
@@ -145,7 +150,7 @@ def test_twenty_kills(begun, tmp_path):
     flags = (*FLAGS, "--algo", "remix-ppo", "--prompts", 20, "--steps", 1000)
     log = []
     for i in range(20):
-        what, when = ("rank", "ranks", "torchrun", "group")[i % 4], ("time", "checkpoint", "metrics", "time", "time")[i % 5]
+        what, when = ("rank", "ranks", "torchrun", "group")[i % 4], ("time", "checkpoint", "metrics", "start", "time")[i % 5]
         run = begun(*(("--resume",) if (out / "config.json").exists() else flags))
         moment(run, out, when, rng)
         assert run.process.poll() is None, run.text[-4000:]
@@ -238,7 +243,7 @@ def test_a_notice_while_loading(begun):
     run = begun(*FLAGS, "--steps", 3, ranks=None)
     time.sleep(3)
     os.kill(run.pid, signal.SIGTERM)
-    assert run.end(5) == 143 and "SIGTERM before the first step: nothing was written" in run.text
+    assert run.end(5) == 143 and "stopped by SIGTERM; nothing was written" in run.text
 
 
 # A rank that hangs, a folder in use, a full disk
