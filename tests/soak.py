@@ -6,6 +6,7 @@ Exit code 1 where a rank grows by more than --most MB per 1,000 steps or any pro
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -31,7 +32,8 @@ def look(pid):
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     rank = next((entry[5:].decode() for entry in environment if entry.startswith(b"RANK=")), None)
-    name = "torchrun" if rank is None else f"reward worker of rank {rank}" if "--worker" in words else f"rank {rank}"
+    name = "torchrun" if rank is None else f"rank {rank}" if any(word.endswith("train.py") for word in words) else f"{words[0][:12]} of rank {rank}"
+    name = f"reward worker of rank {rank}" if "--worker" in words else name
     memory = {line.split()[0]: int(line.split()[1]) / 1024 for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]}
     return name, memory["Pss:"], memory["Rss:"], len(os.listdir(f"/proc/{pid}/fd"))
 
@@ -57,6 +59,7 @@ def main():
     run = Running(out.parent / f"{out.name}.log", "train.py", "--steps", 100_000, "--prompts", 20, "--minibatch", 10, "--reincarnate", 0,
                   "--save_every", 50, "--eval_every", 50, "--eval_k", 1, *args.flags, "--out", out, ranks=2)
     run.wait_for("step    1/")
+    looks = open(out.parent / f"{out.name}.looks.jsonl", "w")  # every look: [time, process, name, step, PSS, RSS, files]
     seen, end = {}, time.monotonic() + 60 * args.minutes  # (process, name) -> [(step, PSS, RSS, files), …]
     while time.monotonic() < end and run.process.poll() is None:
         step = metrics_of(out, unfinished=True)[-1]["step"]
@@ -66,6 +69,8 @@ def main():
             except OSError:  # ended, or just begun
                 continue
             seen.setdefault((pid, name), []).append((step, *numbers))
+            looks.write(json.dumps([round(time.time(), 1), pid, name, step, *numbers]) + "\n")
+        looks.flush()
         time.sleep(args.every)
     ended = run.process.poll()
     if ended is None:

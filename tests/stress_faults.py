@@ -277,7 +277,8 @@ def test_a_full_disk(begun, tmp_path, what):
     """Here a limit of file size. One line on what could not be written, the last good checkpoint stands, and with room again the run goes on."""
     out, steps = tmp_path / "run", 12 if what == "model" else 1000
     flags = (*FLAGS, "--algo", "remix-ppo", "--prompts", 20)
-    run = begun(*flags, "--steps", steps, *(("--save_every", 1000, "--eval_every", 0) if what == "model" else ())).wait_for("step    3/")
+    saves = {"checkpoint": (), "metrics.jsonl": ("--save_every", 3), "model": ("--save_every", 1000, "--eval_every", 0)}[what]
+    run = begun(*flags, "--steps", steps, *saves).wait_for("step    4/")
     limited(run.ranks, (out / what).stat().st_size + 100 if what == "metrics.jsonl" else 50_000)
     assert run.end() == 1
     stands = checkpoint.newest(out)
