@@ -95,7 +95,7 @@ def watch(reader, _writer):
 def end(line, code):
     """End the process here and now, whatever its main thread is in."""
     if line:
-        print(line, file=sys.stderr, flush=True)
+        print(f"\n{line}", file=sys.stderr, flush=True)  # on a line of its own, also after a progress bar
     os._exit(code)
 
 
