@@ -149,6 +149,7 @@ class Recorder:
         self.steps, self.longest = 0, 0.0  # done by this process; the longest, evaluation and saving included (s)
         self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = cfg, ranks, {}, None, None
         if ranks.first:
+            append(Path(cfg.out) / "metrics.jsonl", "")
             if cfg.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(Path(cfg.out) / "tensorboard")
