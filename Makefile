@@ -2,13 +2,20 @@
 PYTHON ?= python3
 TORCH_CPU = torch==2.13.0+cpu
 
-.PHONY: demo test unit compare
+.PHONY: demo test stress soak unit compare
 
 demo: .venv/ready
 	.venv/bin/python compare.py demo
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q tests
+
+stress: .venv/ready
+	.venv/bin/python -m pytest -q -s tests/stress_*.py
+	$(MAKE) soak
+
+soak: .venv/ready
+	.venv/bin/python tests/soak.py --minutes $(or $(MINUTES),60) --out runs/soak-$$(date +%Y%m%d-%H%M%S)
 
 unit: .venv-unit/ready
 	.venv-unit/bin/python -m pytest -q tests/test_loss.py tests/test_advantage.py tests/test_buffer.py

@@ -1,4 +1,4 @@
-"""Save, resume, export. A checkpoint is written aside and renamed: a folder without `.tmp` is complete.
+"""Save, resume, export. A checkpoint is written aside, to the disk itself, and renamed: a folder without `.tmp` is complete.
 
     OUT/checkpoints/step_000100/   sharded/: policy, critic, optimisers, base and precedent (PyTorch's distributed format)
                                    buffer.safetensors, state.json: history, step
@@ -8,7 +8,9 @@ Nothing random is saved because nothing random is carried over: prompts, draws, 
 (seed, step). The distributed format's metadata is a pickle: do not resume from a stranger's folder.
 """
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +19,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from distributed import gather
 
 
 def newest(out):
@@ -29,6 +34,47 @@ def newest(out):
 def complete(out):
     """Folders of the complete checkpoints of run `out`, oldest first."""
     return sorted(path for path in (Path(out) / "checkpoints").glob("step_*") if path.suffix != ".tmp")
+
+
+def sweep(out):
+    """Remove what a killed save or removal left in run `out`."""
+    for path in (Path(out) / "checkpoints").glob("step_*.tmp"):
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def together(doing):
+    """What fails on one rank inside fails on all, as an OSError of one line that names rank and cause. A collective at its end.
+
+    `doing`: what could not be done, for that line. Nothing inside may wait for another rank once one can have failed.
+    """
+    failures = {}
+    try:
+        yield
+    except CheckpointException as error:  # no Exception; dcp raises it on every rank, about all of them
+        failures = {rank: cause for rank, (cause, _) in error.failures.items()}
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # as the Rust of safetensors and tokenizers reports one
+            raise
+        failures = {dist.get_rank(): error}
+    texts = {f"rank {rank} {doing}: {' '.join(str(cause).split())}" for rank, cause in failures.items()}
+    if found := sorted(set().union(*gather(texts))):
+        hint = " (a short write, as on a full disk, beyond a quota or a limit of file size)" if "unexpected pos" in found[0] else ""
+        raise OSError(found[0] + hint)
+
+
+def put_in_place(aside, folder):
+    """The finished folder `aside` becomes `folder`, in place of an earlier one: on the disk first, so that a loss of power finds it whole."""
+    def settle(path):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+    for path in (*aside.rglob("*"), aside):
+        settle(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    settle(folder.parent)
 
 
 def sharded_state(learners, snapshots):
@@ -46,25 +92,30 @@ def save(out, step, learners, snapshots, buffer, keep, ranks):
     """Write the checkpoint of `step`. learners: name -> Learner; snapshots: name -> list of DTensors. A collective."""
     folder = Path(out) / "checkpoints" / f"step_{step:06d}"
     aside = folder.with_name(folder.name + ".tmp")
-    if ranks.first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(sharded_state(learners, snapshots), checkpoint_id=aside / "sharded")
-    if ranks.first:
-        tensors, state = {}, buffer.state_dict()
-        skeleton = pack(state, tensors, "")
-        save_file(tensors, aside / "buffer.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, "snapshots": sorted(snapshots), "buffer": skeleton}))
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        for old in complete(out)[:-keep]:  # only now, when the new one is complete
-            shutil.rmtree(old)
-    dist.barrier()
+    with together(f"could not write {aside}"):
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    with together(f"could not write {aside}"):
+        dcp.save(sharded_state(learners, snapshots), checkpoint_id=aside / "sharded")
+    with together(f"could not write {aside}"):
+        if ranks.first:
+            tensors, state = {}, buffer.state_dict()
+            skeleton = pack(state, tensors, "")
+            save_file(tensors, aside / "buffer.safetensors")
+            (aside / "state.json").write_text(json.dumps({"step": step, "snapshots": sorted(snapshots), "buffer": skeleton}))
+            put_in_place(aside, folder)
+            for old in complete(out)[:-keep]:  # only now, when the new one is complete
+                shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half removed, it must not pass for one
 
 
 def load(folder, learners, buffer):
-    """Read a checkpoint into learners and buffer; returns (step, snapshots). Any number of ranks. A collective."""
+    """Read a checkpoint into learners and buffer; returns (step, snapshots). Any number of ranks. A collective. Raises OSError."""
+    with together(f"could not read {folder} (without it, --resume takes the one before)"):
+        return read(folder, learners, buffer)
+
+
+def read(folder, learners, buffer):
     state = json.loads((folder / "state.json").read_text())
     snapshots = {name: learners["policy"].snapshot() for name in state["snapshots"]}
     sharded = sharded_state(learners, snapshots)
@@ -104,19 +155,18 @@ def export(folder, source, policy, tokenizer, cfg, ranks):
     for name, tensor in policy.full_tensors():  # every rank takes part, rank 0 keeps
         if ranks.first:
             weights[name] = tensor.cpu().clone()
-    if ranks.first:
-        folder, config = Path(folder), policy.module.lm.config
-        aside = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        if config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
-        config.dtype, config.architectures = cfg.dtype, [type(policy.module.lm).__name__]
-        config.save_pretrained(aside)
-        save_torch_state_dict(weights, aside)
-        tokenizer.save_pretrained(aside)
-        if (generation := Path(source) / "generation_config.json").exists():
-            shutil.copy(generation, aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    dist.barrier()
+    folder, config = Path(folder), policy.module.lm.config
+    aside = folder.with_name(folder.name + ".tmp")
+    with together(f"could not write {aside}"):
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            if config.tie_word_embeddings:
+                weights.pop("lm_head.weight", None)
+            config.dtype, config.architectures = cfg.dtype, [type(policy.module.lm).__name__]
+            config.save_pretrained(aside)
+            save_torch_state_dict(weights, aside)
+            tokenizer.save_pretrained(aside)
+            if (generation := Path(source) / "generation_config.json").exists():
+                shutil.copy(generation, aside)
+            put_in_place(aside, folder)

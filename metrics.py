@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import faults
 from config import total_rollouts
 from distributed import gather
 from loss import kl
@@ -158,7 +160,7 @@ class Recorder:
         self.steps, self.longest = 0, 0.0  # done by this process; the longest, evaluation and saving included (s)
         self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = cfg, ranks, {}, None, None
         if ranks.first:
-            self.file = open(Path(cfg.out) / "metrics.jsonl", "a", encoding="utf-8")
+            append(Path(cfg.out) / "metrics.jsonl", "")
             if cfg.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(Path(cfg.out) / "tensorboard")
@@ -169,9 +171,12 @@ class Recorder:
                 self.wandb = wandb.init(project="remix", id=identity, name=out.name, config=vars(cfg), resume="allow" if cfg.resume else None)
 
     @contextlib.contextmanager
-    def clock(self, phase):
-        begin = time.perf_counter()
+    def clock(self, phase, step=None):
+        """Adds the time inside to seconds_`phase`; an error inside is reported with phase and step (faults.py)."""
+        begin, outer = time.perf_counter(), faults.Here.phase
+        faults.Here.phase, faults.Here.step = phase, step or faults.Here.step
         yield
+        faults.Here.phase = outer
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
             free, total = torch.cuda.mem_get_info()  # PyTorch's own count would hold a sleeping engine for awake, and keeps a phase's blocks
@@ -195,8 +200,7 @@ class Recorder:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes
         record["memory_peak_gib"] = (self.peak if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
         line = {name: finite(record.get(name)) for name in METRICS}
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.file.flush()
+        append(Path(self.cfg.out) / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         numbers |= {f"eval_accuracy/{part}": value for part, value in (line["eval_accuracy_by_part"] or {}).items()}
         if self.tensorboard:
@@ -207,15 +211,21 @@ class Recorder:
         left = (now - self.begin) / self.steps * (self.cfg.steps - line["step"]) if self.steps else None  # s
         print(console_line(line, self.cfg.steps, left), flush=True)
 
-    def out_of_time(self):
-        """Whether another step as long as the longest might end later than --max_hours. A collective: rank 0's clock decides."""
-        if not self.cfg.max_hours:
-            return False
-        return gather(time.perf_counter() - STARTED + self.longest > 3600 * self.cfg.max_hours)[0]
+    def stop(self, step):
+        """Why the run ends with `step`, before its last: the name of a signal to any rank, or a text on --max_hours; else None.
+
+        A collective. Out of time is when another step as long as the longest might end later, by rank 0's clock.
+        """
+        hours = self.cfg.max_hours
+        late = hours and time.perf_counter() - STARTED + self.longest > 3600 * hours
+        seen = gather((faults.Here.notice, late))
+        notice = next((name for name, _ in seen if name), None)
+        late = f"the next one might end later than --max_hours {hours}" if seen[0][1] else None
+        last = step == self.cfg.steps
+        faults.Here.leaving = bool(last or notice or late)
+        return None if last else notice or late
 
     def close(self):
-        if self.ranks.first:
-            self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -257,6 +267,22 @@ def truncate(path, last_step):
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # whatever a dying machine or another hand left there
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
+    rewrite(path, "".join(kept))
+
+
+def rewrite(path, text):
+    """Put `text` in the place of a file's: aside, then renamed, so that either the old or the new is there, whole."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
+    append(aside, text, "w")
     aside.replace(path)
+
+
+def append(path, text, mode="a"):
+    """Add `text` to a file, to the disk itself: a line of metrics stands before its step's checkpoint does. Raises OSError that names the file."""
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error.strerror}") from None

@@ -211,7 +211,8 @@ def _start() -> subprocess.Popen:
     environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     for _ in range(2):
         process = subprocess.Popen([sys.executable, _FILE, "--worker", str(os.getpid())], env=environment,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)  # torchrun and terminals signal whole groups, and the trainer goes on to the end of its step
         reply = _exchange(process, None, START_SECONDS)
         if reply == {"ready": True}:
             return process

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -114,8 +115,11 @@ def model_folder(first=True):
     while not first and not folder.exists():
         time.sleep(0.2)
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix="warming-", dir=cache))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix="warming-", dir=cache))
+        except OSError as error:
+            raise OSError(f"the embedded default cannot be kept in {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written") from None
         try:
             warm_up(aside)
             os.rename(aside, folder)
@@ -128,4 +132,7 @@ def model_folder(first=True):
 
 
 if __name__ == "__main__":
-    print(model_folder())
+    try:
+        print(model_folder())
+    except OSError as error:
+        sys.exit(f"error: {error}")

@@ -27,6 +27,8 @@ from pathlib import Path
 
 if __name__ == "__main__":  # bad flags and --dry_run are answered here: the imports below take seconds
     import config
+    import faults
+    faults.guard()
     config.preflight(sys.argv[1:])
 
 import torch
@@ -35,15 +37,16 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import faults
 import replay
 from advantage import gae, group_advantages, vtrace, whiten
 from alarms import Alarms, agree, check_gap, held
 from buffer import RingBuffer
-from config import exit_bad_input, fresh_before, preflight, schedule
+from config import check_files, exit_bad_input, fresh_before, preflight, schedule
 from distributed import gather, start
 from eval import evaluate
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
-from metrics import Meter, Recorder, best_evaluation, measure, step_metrics, truncate
+from metrics import Meter, Recorder, append, best_evaluation, measure, rewrite, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
 from prepare import prepare
 from reward import Judge
@@ -57,15 +60,19 @@ def main(argv=None):
     """Check everything that can be checked without a model, then train."""
     cfg = preflight(sys.argv[1:] if argv is None else argv)
     say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
+    faults.Here.out = cfg.out
     try:
         folder, tokenizer, problems, parts = prepare(cfg, say)
         os.makedirs(cfg.out, exist_ok=True)  # what cannot be written to is known now, not after the first step
+        if os.environ.get("RANK", "0") == "0":
+            faults.hold(cfg.out, say=say)
+            check_files(cfg)  # again: another run may have begun here in the meantime
     except (ValueError, OSError) as error:
         exit_bad_input(error)
-    with Judge(cfg.reward_workers) as judge:
+    with faults.reported(), Judge(cfg.reward_workers) as judge:
         if not cfg.replay and (cfg.reward or cfg.style) != "hash":  # which need no worker
             judge.start()  # before CUDA does
-        ranks = start(cfg.threads)
+        ranks = start(cfg.threads, cfg.collective_timeout)
         train(cfg, folder, tokenizer, problems, parts, judge, ranks, say)
     dist.destroy_process_group()
 
@@ -112,6 +119,7 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
         return {"eval_accuracy": mean.pop("pass@1"), "eval_accuracy_by_part": {name: summary["pass@1"] for name, summary in found.items()}} | {
             f"eval_{key}": value for key, value in mean.items()}
 
+    stopped = None
     if done == 0:
         evaluated = score(0)
         if evaluated:
@@ -120,7 +128,7 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
     for step in range(done + 1, cfg.steps + 1):
         plan, version = schedule(cfg, step), step - 1
         lam = weight_of_base(cfg, step)
-        with recorder.clock("step"):
+        with recorder.clock("step", step):
             # 1 generate with pi_k
             with recorder.clock("generate"):
                 wake(version)
@@ -179,17 +187,19 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
                 checkpoint.export(out / "best", folder, policy, tokenizer, cfg, ranks)
         recorder.write(step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg) | evaluated | {
             "lr": cfg.lr * scale, "epoch": fresh_before(cfg, step) / len(problems), "skipped_updates": skipped})
-        late = step < cfg.steps and recorder.out_of_time()
-        if late or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
+        stopped = recorder.stop(step)
+        if stopped or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
             agree(cfg, step=step, history=held(buffer))
             with recorder.clock("save"):  # counted in the next step's line: this one's must stand before its checkpoint does
                 checkpoint.save(cfg.out, step, learners, snapshots, buffer, cfg.keep, ranks)
-        if late:
-            say(f"stopped after step {step}: the next one might end later than --max_hours {cfg.max_hours}; --resume goes on")
+        if stopped:
+            say(f"stopped after step {step}: {stopped}; --resume goes on")
             break
-    checkpoint.export(out / "model", folder, policy, tokenizer, cfg, ranks)
+    if stopped not in faults.SIGNALS:  # which leave no time for it
+        with recorder.clock("export"):
+            checkpoint.export(out / "model", folder, policy, tokenizer, cfg, ranks)
+        say(f"the trained model is in {out / 'model'}")
     recorder.close()
-    say(f"the trained model is in {out / 'model'}")
 
 
 def open_run(cfg, done):
@@ -205,9 +215,8 @@ def open_run(cfg, done):
     earlier = json.loads(path.read_text()).get("argv", []) if path.exists() else []
     text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "fingerprint": cfg.fingerprint, "torch": torch.__version__,
                        "argv": [*earlier, sys.argv[1:]]}, indent=1)
-    aside = out / "config.json.tmp"
-    aside.write_text(text)
-    aside.replace(path)
+    rewrite(path, text)
+    checkpoint.sweep(out)
     for name in ("metrics.jsonl", "samples.jsonl"):
         truncate(out / name, done if done else -1)
     return best_evaluation(out / "metrics.jsonl")
@@ -339,10 +348,9 @@ def update(learners, minibatch, lam, version, scale, meter, cfg):
 
 def write_samples(out, step, tokenizer, samples):
     """Some fresh responses of the step, for reading."""
-    with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
-        for sample, text in decoded(tokenizer, samples):
-            file.write(json.dumps({"step": step, "prompt": tokenizer.decode(sample["prompt"]), "response": text, "answer": sample["answer"],
-                                   "reward": sample["reward"], "reason": sample["reason"]}) + "\n")
+    append(out / "samples.jsonl", "".join(
+        json.dumps({"step": step, "prompt": tokenizer.decode(sample["prompt"]), "response": text, "answer": sample["answer"],
+                    "reward": sample["reward"], "reason": sample["reason"]}) + "\n" for sample, text in decoded(tokenizer, samples)))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 Problems come from the folder $REMIX_DATA where it is set, else they are generated and written in the same form.
 """
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,14 +75,78 @@ def random_model(kind, folder, tokenizer=None):
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def command(script, *args, ranks=None, launcher=None, env=None, timeout=300):
-    """Run `python script args`, or under torchrun with `ranks` processes, or with the flags of torchrun in the list `launcher`;
-    returns the CompletedProcess with text output."""
+def command_line(script, *args, ranks=None, launcher=None, env=None):
+    """What subprocess is to start for `python script args`, or under torchrun with `ranks` processes, or with the flags of torchrun in the
+    list `launcher`."""
     launcher = launcher or (["--standalone", "--nproc_per_node", str(ranks)] if ranks else [])
     launcher = ["-m", "torch.distributed.run", *launcher] if launcher else []
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, env=clean | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    return dict(args=[sys.executable, *launcher, str(ROOT / script), *map(str, args)], cwd=ROOT, text=True,
+                env=clean | {"OMP_NUM_THREADS": "1"} | (env or {}))
+
+
+def command(script, *args, timeout=300, **how):
+    """Run it (see command_line) to its end; returns the CompletedProcess with text output."""
+    return subprocess.run(**command_line(script, *args, **how), capture_output=True, timeout=timeout)
+
+
+class Running:
+    """A command line (see command_line) that runs in the background, its output in the file `log`; for those who disturb it."""
+
+    def __init__(self, log, script, *args, **how):
+        self.log = Path(log)
+        self.process = subprocess.Popen(**command_line(script, *args, **how), stdout=open(log, "w"), stderr=subprocess.STDOUT, start_new_session=True)
+        self.pid, self.torchrun = self.process.pid, bool(how.get("ranks"))
+
+    @property
+    def text(self):
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text, seconds=240):
+        """Until `text` stands in the output."""
+        end = time.monotonic() + seconds
+        while text not in self.text:
+            assert self.process.poll() is None and time.monotonic() < end, f"{text!r} was awaited:\n{self.text[-4000:]}"
+            time.sleep(0.02)
+        return self
+
+    @property
+    def ranks(self):
+        """Process ids of the ranks, in order."""
+        if not self.torchrun:
+            return [self.pid]
+        found = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        by_rank = {}
+        for pid in map(int, found):
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            by_rank |= {int(entry[5:]): pid for entry in environment if entry.startswith(b"RANK=")}
+        return [by_rank[rank] for rank in sorted(by_rank)]
+
+    def end(self, seconds=75):
+        """Its exit code; that it ends within so many seconds is asserted, and nothing of it is left then."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still there after {seconds} s:\n{self.text[-4000:]}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+def alive(pid):
+    """Whether a process runs (no zombie)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
+    except OSError:
+        return False
+
+
+def gone(pids, seconds=60):
+    """Waits until none of the processes is left; asserts that it takes no longer."""
+    end = time.monotonic() + seconds
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < end, f"processes {left} are still there after {seconds} s"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
@@ -98,11 +165,12 @@ def two_at_a_time(request):
         pool.shutdown(cancel_futures=True)
 
 
-def metrics_of(folder):
-    """The lines of a run's metrics.jsonl; strict JSON."""
+def metrics_of(folder, unfinished=False):
+    """The lines of a run's metrics.jsonl; strict JSON. `unfinished`: a run that is going on may be writing its last."""
     def refuse(constant):
         raise ValueError(f"{constant} is not strict JSON")
-    return [json.loads(line, parse_constant=refuse) for line in open(Path(folder) / "metrics.jsonl")]
+    lines = open(Path(folder) / "metrics.jsonl").readlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines if line.endswith("\n") or not unfinished]
 
 
 def comparable(line):

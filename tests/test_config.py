@@ -235,7 +235,7 @@ def test_resume_takes_the_runs_values_and_flags_override(tmp_path):
 
 
 @pytest.mark.parametrize("flags", (
-    "--beta 0.5", "--algo grpo", "--prompts 7", "--group_size 4", "--lr 0.125", "--seed 9", "--dtype bfloat16"))
+    "--beta 0.5", "--algo grpo", "--prompts 7", "--group_size 4", "--lr 0.125", "--seed 9", "--dtype bfloat16", "--threads 3"))
 def test_resume_refuses_what_the_numbers_depend_on(tmp_path, flags):
     with pytest.raises(ConfigError, match=flags.split()[0]):
         parsed(f"--resume --out {saved_run(tmp_path / 'run')} {flags}")

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import faults
 import metrics
 import train
 from config import Config, Plan, parse
@@ -188,13 +189,17 @@ def test_time_that_is_left(tmp_path, monkeypatch, capsys):
     for step in (1, 2, 3):
         recorder.write(RECORD | dict(step=step, eval_accuracy=None))
     assert [line.rpartition("eta ")[2] for line in capsys.readouterr().out.splitlines()] == ["0:00:40", "0:00:24", "0:00:20"]
-    assert not recorder.out_of_time()  # no limit: the clock is not even read
+    monkeypatch.setattr(metrics, "gather", lambda ours: [ours])
+    assert recorder.stop(3) is None  # no limit: the clock is not even read
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: 30.0)
     for seconds, late in ((144.1, False), (143.9, True)):
         cfg.max_hours = seconds / 3600
-        assert recorder.out_of_time() == late
-    monkeypatch.setattr(metrics, "gather", lambda ours: [not ours, ours])
-    assert not recorder.out_of_time()  # rank 0 decides
+        assert bool(recorder.stop(3)) == faults.Here.leaving == late
+    assert "--max_hours" in recorder.stop(3) and recorder.stop(5) is None and faults.Here.leaving  # the last step ends the run anyway
+    monkeypatch.setattr(metrics, "gather", lambda ours: [(None, not ours[1]), ours])
+    assert recorder.stop(3) is None and not faults.Here.leaving  # rank 0 decides
+    monkeypatch.setattr(metrics, "gather", lambda ours: [ours, ("SIGTERM", False)])
+    assert recorder.stop(3) == "SIGTERM"  # whichever rank it came to
     recorder.close()
 
 

@@ -471,6 +471,18 @@ def test_training_goes_on_after_a_checkpoint_as_without_it(seen):
             assert (one[name][key] - two[name][key]).abs().max() < 1e-3
 
 
+def test_a_full_disk_is_one_line_on_every_rank_and_the_last_checkpoint_stands(seen):
+    """Here a limit of file size for one rank: rank 1 in the sharded part, rank 0 in a save and in an export."""
+    for rank in seen[2]:
+        found = rank["checkpoints"]
+        assert found["newest after a full disk"].name == "step_000010"
+        shards, save, export = found["full disk"]
+        for text, who, what in ((shards, 1, "step_000011.tmp"), (save, 0, "step_000011.tmp"), (export, 0, "full.tmp")):
+            assert f"rank {who} could not write " in text and what in text and "\n" not in text
+            assert "short write, as on a full disk" in text or "File too large" in text
+    assert seen[2][0]["checkpoints"]["full disk"] == seen[2][1]["checkpoints"]["full disk"]
+
+
 def test_old_checkpoints_go_and_half_written_ones_do_not_count(seen):
     found = seen[2][0]["checkpoints"]
     assert found["newest before"] is None

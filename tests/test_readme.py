@@ -23,6 +23,17 @@ def test_every_metric_stands_in_the_table():
         assert f"| `{name}` | {text} |" in README
 
 
+def test_every_fault_has_a_test_that_exists():
+    rows = README.split("## When something goes wrong")[1].split("\n## ")[0].split("| --- | --- | --- | --- |\n")[1].split("\n\n")[0].splitlines()
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.rpartition(" | ")[2])
+        assert named and row.count(" | ") == 3, row
+        for name in named:
+            assert f"\ndef {name}(" in tests, name
+
+
 def test_reading_guide_names_what_exists():
     guide = README.split("## Reading guide")[1].split("\n## ")[0]
     named = re.findall(r"`(\w+\.py)`((?:,? `[\w.]+`)*)", guide)

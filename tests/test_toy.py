@@ -1,7 +1,10 @@
 """toy.py: the split, the statistics of the demonstrations, the tokenizer, the cached model."""
 
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -167,3 +170,11 @@ def test_two_at_once_and_one_that_waits(cache, monkeypatch):
         thread.join(20)
     assert len(found) == 3 and len(set(found)) == 1
     assert [str(p) for p in cache.iterdir()] == [found[0]] and (Path(found[0]) / "weights").read_text() == "x"
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    """One line that says what to set, from the program too."""
+    (tmp_path / "file").write_text("mine")
+    done = subprocess.run([sys.executable, toy.__file__], capture_output=True, text=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "cannot be kept in" in done.stderr and "Not a directory" in done.stderr and "XDG_CACHE_HOME" in done.stderr

@@ -3,10 +3,13 @@
     torchrun … tests/workers.py NAME FOLDER   # -> FOLDER/NAME-WORLD-RANK.pt, a dict
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import random
+import resource
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace as Has
@@ -217,6 +220,17 @@ def history(samples):
     return [(1, [old[:2], old[2:4]]), (2, [new[4:5]])]
 
 
+@contextlib.contextmanager
+def file_size(most):
+    """No file may become larger (bytes), as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, -1))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+
+
 def checkpoints(folder, ranks):
     """World 2 saves, goes on, and loads into new learners; world 1 loads what world 2 saved."""
     samples, seen, cfg, out = torch.load(folder / "samples-untied.pt"), {}, config(), folder / "run"
@@ -240,6 +254,16 @@ def checkpoints(folder, ranks):
             seen[f"folders after {step}"] = sorted(path.name for path in (out / "checkpoints").iterdir())
             dist.barrier()
         seen["saved"] = state_of(learners, held)
+        seen["full disk"] = []
+        for rank, job in ((1, lambda: checkpoint.save(out, 11, learners, held, buffer, 2, ranks)),
+                          (0, lambda: checkpoint.save(out, 11, learners, held, buffer, 2, ranks)),
+                          (0, lambda: checkpoint.export(folder / "full", folder / "untied", learners["policy"], make_tokenizer(), cfg, ranks))):
+            with file_size(1000 if ranks.rank == rank else -1):
+                try:
+                    job()
+                except OSError as error:
+                    seen["full disk"].append(str(error))
+        seen["newest after a full disk"] = checkpoint.newest(out)
         advance(learners)
         seen["continued"] = state_of(learners)
     learners, buffer = build(folder, "untied", cfg, ranks, critic=True), RingBuffer(3)
