@@ -24,6 +24,12 @@ from reward import Judge, Verdict, last_box, reward, own
 ROOT = Path(module.__file__).parent
 TOWER = r"\boxed{9^{9^{9^{9^9}}}}"  # parses at once; comparing it with anything never ends
 RIGHT = Verdict(1.0, None)
+SUM = (r"\boxed{20 + 7}", "27.0", "boxed")  # right, and needs a worker to be seen to be
+
+
+def sums(count):
+    """As many, no two the same."""
+    return [(rf"\boxed{{{i} + 7}}", str(i + 7), "boxed") for i in range(count)]
 
 
 def benchmark_folder(tmp: Path) -> Path:
@@ -217,7 +223,7 @@ def test_long_responses_are_read_quickly(judge):
 
 def test_reward_from_the_main_thread_and_from_others():
     """math-verify itself raises off the main thread, which has scored whole runs 0."""
-    asked = [(r"\boxed{27}", "27.0"), (r"\boxed{28}", "27.0"), (r"\boxed{1/2}", ["2", r"\frac12"])]
+    asked = [(r"\boxed{20 + 7}", "27.0"), (r"\boxed{28}", "27.0"), (r"\boxed{1/2}", ["2", r"\frac12"])]
     assert [reward(*pair) for pair in asked] == [1.0, 0.0, 1.0]
     found = {}
     threads = [threading.Thread(target=lambda i=i: found.update({i: reward(*asked[i % 3])})) for i in range(12)]
@@ -248,15 +254,15 @@ def test_submit_says_what_is_wrong(judge):
 
 
 def test_verdicts_keep_their_order(judge):
-    batches = [judge.submit([(rf"\boxed{{{i}.0}}", str(i // 2 * 2), "boxed") for i in range(60)]) for _ in range(3)]
+    batches = [judge.submit([(rf"\boxed{{{i} + 0}}", str(i // 2 * 2), "boxed") for i in range(60)]) for _ in range(3)]
     assert [[v.reward for v in batch.result()] for batch in batches] == [[1.0, 0.0] * 30] * 3
 
 
 def test_a_hang_costs_its_timeout_and_nothing_else():
     with Watched(workers=1, timeout=3) as judge:
-        assert judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result() == [RIGHT]
+        assert judge.submit([SUM]).result() == [RIGHT]
         first, began = judge.started(), time.monotonic()
-        items = [(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed"), (r"\boxed{28}", "27.0", "boxed")]
+        items = [(TOWER, "5", "boxed"), SUM, (r"\boxed{28}", "27.0", "boxed")]
         verdicts = judge.submit(items).result(60)
         assert verdicts == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong")]
         assert 3 <= time.monotonic() - began < 20
@@ -265,30 +271,30 @@ def test_a_hang_costs_its_timeout_and_nothing_else():
 
 def test_a_stopped_worker_is_replaced():
     with Watched(workers=1, timeout=3) as judge:
-        judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result()
+        judge.submit([SUM]).result()
         os.kill(judge.started()[0], signal.SIGSTOP)
-        verdicts = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 3).result(60)
+        verdicts = judge.submit(sums(3)).result(60)
         assert verdicts == [Verdict(0.0, "timeout"), RIGHT, RIGHT]
 
 
 def test_a_killed_worker_is_replaced_and_its_item_judged_again():
     with Watched(workers=2, timeout=60) as judge:
-        judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20).result()
+        judge.submit(sums(20)).result()
         for pid in judge.started():
             os.kill(pid, signal.SIGSTOP)  # so that the kill below hits them with an item each in hand
-        batch = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20)
+        batch = judge.submit(sums(20))
         time.sleep(0.3)
         for pid in judge.pids():
             os.kill(pid, signal.SIGKILL)
         assert batch.result(60) == [RIGHT] * 20
         for pid in judge.started():
             os.kill(pid, signal.SIGKILL)  # and while idle
-        assert judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20).result(60) == [RIGHT] * 20
+        assert judge.submit(sums(20)).result(60) == [RIGHT] * 20
 
 
 def test_an_item_that_kills_its_worker_twice_is_a_crash():
     with Watched(workers=1, timeout=120) as judge:
-        batch = judge.submit([(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed")])
+        batch = judge.submit([(TOWER, "5", "boxed"), SUM])
         for _ in range(2):
             worker = judge.started()[0]
             while sum(map(int, Path(f"/proc/{worker}/stat").read_text().split()[13:15])) < 200:  # clock ticks of 10 ms
@@ -300,25 +306,25 @@ def test_an_item_that_kills_its_worker_twice_is_a_crash():
 
 def test_items_are_spread_over_the_workers():
     with Watched(workers=2, timeout=3) as judge:
-        batch = judge.submit([(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed"), (TOWER, "6", "boxed")] * 2)
+        batch = judge.submit([(TOWER, "5", "boxed"), SUM, (TOWER, "6", "boxed")])
         assert len(set(judge.started())) == 2
-        assert [v.reason for v in batch.result(60)] == ["timeout", None, "timeout"] * 2
+        assert [v.reason for v in batch.result(60)] == ["timeout", None, "timeout"]
 
 
 def test_worker_limits_and_ctrl_c():
     with Watched(workers=1, timeout=20) as judge:
-        assert rewards(judge, [("27", "27.0")]) == [1.0]
+        assert rewards(judge, [("20 + 7", "27.0")]) == [1.0]
         worker = judge.started()[0]
         memory = re.search(r"Max address space\s+(\d+)", Path(f"/proc/{worker}/limits").read_text())
         assert int(memory[1]) == module.WORKER_MEMORY
         os.kill(worker, signal.SIGINT)
-        assert rewards(judge, [("27", "27.0")]) == [1.0] and judge.pids() == [worker]
+        assert rewards(judge, [("20 + 7", "27.0")]) == [1.0] and judge.pids() == [worker]
 
 
 def test_close_finishes_the_work_and_ends_the_workers():
     before = set(pids())
     judge = Judge(workers=2)
-    batch = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 10)
+    batch = judge.submit(sums(10))
     judge.close()
     assert batch.done() and batch.result() == [RIGHT] * 10 and set(pids()) == before
     judge.close()
@@ -342,9 +348,9 @@ def test_a_script_without_main_guard_and_its_forks(tmp_path):
     done = script(tmp_path, r"""
 import os
 from reward import Judge, reward
-print(reward(r"\boxed{27}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
+print(reward(r"\boxed{20 + 7}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
 if os.fork() == 0:  # the parent's threads are not here
-    print(reward(r"\boxed{27}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
+    print(reward(r"\boxed{20 + 7}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
     os._exit(0)
 os.wait()
 print(Judge(1, 1.5).submit([(r"\boxed{9^{9^{9^{9^9}}}}", "5", "boxed")]).result()[0].reason)
@@ -357,10 +363,10 @@ def test_workers_die_with_their_parent(tmp_path):
     done = script(tmp_path, rf"""
 import os, signal, sys, time
 sys.path += [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from test_reward import TOWER, Watched
+from test_reward import TOWER, Watched, sums
 judge = Watched(2, 100)
-judge.submit([(r"\boxed{{27}}", "27.0", "boxed")] * 50).result()
-judge.submit([(TOWER, "5", "boxed")] * 2)
+judge.submit(sums(50)).result()
+judge.submit([(TOWER, "5", "boxed"), (TOWER, "6", "boxed")])
 time.sleep(1)
 print(*judge.started(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -380,10 +386,10 @@ def test_no_math_verify_is_an_error_not_a_wrong_answer(tmp_path):
     done = script(tmp_path, r"""
 from reward import Judge, reward
 try:
-    Judge(2).submit([(r"\boxed{27}", "27.0", "boxed")] * 3).result()
+    Judge(2).submit([(r"\boxed{20 + 7}", "27.0", "boxed")] * 3).result()
 except RuntimeError as error:
     print(error)
-print(reward(r"\boxed{27}", "27.0"))
+print(reward(r"\boxed{20 + 7}", "27.0"))
 """, env={**os.environ, "PYTHONPATH": str(tmp_path / "broken")})
     assert "no antlr here" in done.stdout and "is math-verify" in done.stdout and done.stdout.endswith("\n0.0\n")
     assert "scored 0" in done.stderr
