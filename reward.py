@@ -30,9 +30,9 @@ from typing import NamedTuple
 # after it.  hash: the toy task, what follows the last #, compared as text.  Besides them, MODULE:FUNCTION: your own, see own().
 STYLES = ("boxed", "think", "hash")
 MAX_BOX = 4096  # characters; a longer box is no answer and not worth a parser's time (the benchmarks' longest has 204)
-# Wall clock for an item, its second try included. A worker starts in 1 to 3 s, so that a lone reward() answers within 10 s;
-# right answers take 0.1 s and less, so that a machine may be fifty times slower than it should.
-TIMEOUT = 5.0
+# Wall clock for an item, its second try included: right answers take 0.1 s and less, so that a machine may be fifty
+# times slower than it should. A lone reward() may have a worker to start first, which takes 1 to 3 s.
+TIMEOUT, CALL_TIMEOUT = 5.0, 9.5
 START_SECONDS = 120.0  # for a worker to import math-verify: about 1 s, far more on a cold network disk
 WORKER_MEMORY = 2 << 30  # bytes of address space
 _FILE = os.path.abspath(__file__)
@@ -161,8 +161,11 @@ def _look(response: str, answer: str | list[str], style: str) -> Verdict | dict:
         return Verdict(float(right), None if right else "wrong")
     if not final.strip() or len(final) > MAX_BOX:
         return Verdict(0.0, "parse_failure")
-    if canonical(final) in map(canonical, golds):
+    box, *texts = map(canonical, (final, *golds))
+    if box in texts:
         return Verdict(1.0, None)
+    if all(re.fullmatch(r"-?\d+", text) for text in (box, *texts)):  # other integers: no work for a parser
+        return Verdict(0.0, "wrong")
     return {"box": final, "golds": [gold for gold in golds if len(gold) <= MAX_BOX]}
 
 
@@ -360,13 +363,13 @@ def _judge_of(pid: int) -> Judge:  # by process: threads do not survive a fork
 def reward(response: str, answer: str | list[str], style: str = "boxed") -> float:
     r"""1.0 where the response's final answer equals the answer (any one of a list), else 0.0.
 
-    Never raises and answers within 10 s: see TIMEOUT. Callable from any thread and script. A call that cannot be judged
+    Never raises and answers within 10 s, come what may. Callable from any thread and script. A call that cannot be judged
     (unknown style, not text, no worker) scores 0.0 and logs why. The rule is that of ReMix (arXiv 2507.06892): 1 where both the format (see STYLES) and the answer are right. A whole batch is a Judge's work.
     """
     try:
-        return _judge_of(os.getpid()).submit([(response, answer, style)]).result()[0].reward
+        return _judge_of(os.getpid()).submit([(response, answer, style)]).result(CALL_TIMEOUT)[0].reward
     except Exception as error:
-        logging.getLogger(__name__).error("not judged, scored 0: %s", error)
+        logging.getLogger(__name__).error("not judged, scored 0: %s", error or type(error).__name__)
         return 0.0
 
 
