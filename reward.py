@@ -75,7 +75,7 @@ def final_answer(response: str, style: str) -> str | None:
 # -- one notation for an answer ---------------------------------------------------------------------------------------
 
 _SHORT_UNITS = r"m/s|[mckn]m|[mk]g|ft|in|mi|yd|lbs?|oz|hrs?|min|sec|mph|m[lL]|[kMG]?Hz|[kM]?eV|sq|deg"
-_UNIT = r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\})[^{}]*\}(?: ?\^ ?(?:\{[^{}]*\}|\d))?"
+_UNIT = r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\}| ?(?:or|and|if|not|is|to)\b)[^{}]*\}(?: ?\^ ?(?:\{[^{}]*\}|\d))?"
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -88,7 +88,7 @@ def _unit(match: re.Match) -> str:  # "2 cm" is 2, but "no solution" is not "no"
 
 
 _RULES = [(re.compile(pattern), to) for pattern, to in (
-    # typography
+    # typography: thousands, what only looks, a final stop, spaces, one \frac, one \text, "and" and "or"
     (r"(?<=\d)(?:\{,\}| ?, ?\\! ?|\\,)(?=\d{3}(?!\d))", ""),  # 32,\!348
     (r"\\?\$|\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])\.?|(?<=\{) |(?<!\\) (?=\})", ""),
     (r"(?<!\.) ?\.$", ""),
@@ -96,22 +96,23 @@ _RULES = [(re.compile(pattern), to) for pattern, to in (
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:mbox|math(?:rm|bf|it)|text(?:rm|bf|it|normal)?) ?\{", r"\\text{"),
     (r"\\text\{ ?((?:[-+]?\.?\d|[A-Za-z] ?=)[^{}]*)\}", r"\1"),  # \text{27 cm}
-    (r" ?,? ?(?:\\text\{ ?(?:and|or) ?\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) ?,? ?", ", "),
-    # numbers
+    (r" ?,? ?(?:\\text\{ ?(?:and|or) ?\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])(?![^{}\\]*\})) ?,? ?", ", "),
+    # numbers: 32,348 and 32 348; 4.5e33; 4.5 x 10^33, where TeX reads 10^3 3 as well
     (r"^(-?[1-9]\d{0,2})((?:[, ]\d{3})+)(?=$|\.\d| ?\\text| [A-Za-z])", lambda match: match[1] + re.sub("[, ]", "", match[2])),
     (r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]\+?0*(-?)0*(\d{1,4})(?![\w.])", r"\1 \\times 10^{\2\3}"),
     (r"(?<=\d) ?(?:\\cdot|\\times|[*x×]) ?10 ?\^ ?\{? ?\+?(-?\d+)\}?", r" \\times 10^{\1}"),
     (r"(?<![\w^}])10 ?\^ ?\+?(-?\d+)", r"10^{\1}"),
     (r"(?<![\w.^{}\\])(\d+) ?(?=\(-?\d+\))", r"\1 \\cdot "),  # math-verify adds 2(3), as if it were 2\frac{1}{3}
-    (r"(?<![\w.^{}\\])(\d+) (?=\d)(?!\d+ ?/)", r"\1 \\text{space} "),  # and 2 3
+    (r"(?<![\w.^{}\\])(\d+) (\d+) ?/ ?(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+    (r"(?<![\w.^{}\\])(\d+) (?=\d)", r"\1 \\text{space} "),  # and 2 3
     (r"(?<!\\)%|\\text\{ ?percent ?\}|(?<=\d) ?percent", r"\\%"),
-    # words and units
+    # words and units: degrees; bare words; 5 million; what follows a number is its unit, and is left out
     (r"(?<=[\d}]) ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?[CF](?![a-zA-Z]))?|°|\\degree|(?<=\d) ?\^ ?\{ ?(?:\\prime ?)+\}", ""),
     (r"(?P<other>\\text\{[^{}]*\}|\\(?:begin|end|operatorname|math\w+) ?\{[^{}]*\}|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{4,}"
      rf"|(?<=[\d}}])(?<!\\[a-zA-Z]) ?(?:{_SHORT_UNITS})(?![a-zA-Z])", _word),
     (rf" ?\\text\{{ ?({'|'.join(_SCALES)})(?![a-z])", lambda match: rf" \times 10^{{{_SCALES[match[1]]}}} \text{{"),
     (r"\\text\{ ?\}", ""),
-    (rf"(?<=[\d)}}])(?:{_UNIT})+(?= ?(?:$|[,;)\]]|\\\}}))", _unit),
+    (rf"(?:(?<=[\d)}}])|(?<=\\pi))(?:{_UNIT})+(?= ?(?:$|[,;)\]]|\\\}}))", _unit),
     (r"\\text\{ ?\(?([A-Za-z])\)? ?\}", r"\1"),  # \text{(C)}
     (r"(?<![\\\w])E(?=_)", r"\\text{E}"),  # math-verify reads no E_1
     (r"^ ?\\approx|(?<!\.) ?\.$", ""),
@@ -364,7 +365,8 @@ def reward(response: str, answer: str | list[str], style: str = "boxed") -> floa
     r"""1.0 where the response's final answer equals the answer (any one of a list), else 0.0.
 
     Never raises and answers within 10 s, come what may. Callable from any thread and script. A call that cannot be judged
-    (unknown style, not text, no worker) scores 0.0 and logs why. The rule is that of ReMix (arXiv 2507.06892): 1 where both the format (see STYLES) and the answer are right. A whole batch is a Judge's work.
+    (unknown style, not text, no worker) scores 0.0 and logs why. The rule is that of ReMix (arXiv 2507.06892): 1 where both
+    the format (see STYLES) and the answer are right. A whole batch is a Judge's work.
     """
     try:
         return _judge_of(os.getpid()).submit([(response, answer, style)]).result(CALL_TIMEOUT)[0].reward
@@ -496,8 +498,9 @@ def _grader():
             if all(bases) and bases[0] != bases[1]:  # 52_8 is not 52_7; math-verify ignores the base
                 parsed = True
                 continue
-            letters = set(re.sub(r"\\[a-zA-Z]+(\{[a-zA-Z ]*\})?", "", both))
-            how = (not should_treat_as_complex(both), not any(x.isupper() and x.lower() in letters for x in letters))
+            letters = [set(re.sub(r"\\[a-zA-Z]+(\{[a-zA-Z ]*\})?", "", text)) for text in (plain(gold), plain(box))]
+            # m and M are one letter to math-verify; here only where neither text has both
+            how = not should_treat_as_complex(both), not any(x.isupper() and x.lower() in them for them in letters for x in them)
             mine, its = read(box, *how), read(gold, *how)
             parsed = parsed or mine is not None
             if mine is not None and its is not None and same(its, mine):

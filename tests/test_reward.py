@@ -333,6 +333,11 @@ f(x)=x, f(x)=2-x | f(x)=2-x, f(x)=x
 27\text{.} | 27
 \emptyset | \{\}
 \infty | +\infty
+100\pi\text{ cm}^2 | 100\pi
+a | A
+3 4/5 | 3.8
+3x+2y=5 | 2y+3x-5=0
+(x, y) = (2, 3) | x=2,y=3
 """
 
 REFUSED = r"""
@@ -466,6 +471,11 @@ answer = 6 | 5
 3.61e-10 | 3.62e-10
 1e400 | 1e401
 1e9999 | 1e9998
+3 \text{ or more} | 3
+\frac{\pi}{6} | 30^\circ
+3 4/5 | 3
+5\text{ dozen} | 60
+9:30 | 10:30
 """
 
 
@@ -606,8 +616,19 @@ HOSTILE = [
     "x" * 10**6 + r"\boxed{20 + 7}", "{" * 10**6, "\\boxed{\0\ud800 5}", r"\boxed{" + r"1\text{a}" * 400 + "}", r"\boxed{\int_0^1 x^{x^x} dx}"]
 
 
-@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda text: text[:24].encode("ascii", "replace").decode())
-def test_reward_answers_in_time_whatever_comes(hostile):
+def test_no_hostile_text_is_right_or_outlasts_its_time():
+    with Judge(workers=2, timeout=2) as judge:
+        judge.start()
+        began = time.monotonic()
+        batches = [judge.submit([(text, "5", "boxed")]) for text in HOSTILE]
+        verdicts = [batch.result(100)[0] for batch in batches]
+        assert [v.reward for v in verdicts] == [0.0] * len(HOSTILE) and verdicts[0].reason == "timeout"
+        assert time.monotonic() - began < 5 * len(HOSTILE)
+
+
+@pytest.mark.parametrize("hostile", [TOWER, "x" * 10**6 + TOWER, "{" * 10**6])
+def test_reward_answers_in_time(hostile):
+    """Altogether, with the start of a worker: the one before was killed."""
     began = time.monotonic()
     assert reward(hostile, "5") == 0.0
     assert time.monotonic() - began < 11
