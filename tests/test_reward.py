@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,17 @@ from hypothesis import given, settings, strategies as st
 
 import data
 import reward as module
-from reward import Judge, Verdict, last_box, reward, own
+from reward import Judge, Verdict, canonical, final_answer, last_box, own, reward
 
 ROOT = Path(module.__file__).parent
 TOWER = r"\boxed{9^{9^{9^{9^9}}}}"  # parses at once; comparing it with anything never ends
 RIGHT = Verdict(1.0, None)
+SUM = (r"\boxed{20 + 7}", "27.0", "boxed")  # right, and needs a worker to be seen to be
+
+
+def sums(count):
+    """As many, no two the same."""
+    return [(rf"\boxed{{{i} + 7}}", str(i + 7), "boxed") for i in range(count)]
 
 
 def benchmark_folder(tmp: Path) -> Path:
@@ -162,6 +169,355 @@ def test_traps(judge, response, answer, style, reason):
     assert judge.submit([(response, answer, style)]).result() == [Verdict(float(reason is None), reason)]
 
 
+# box | gold, on which what is right and what is wrong hinges on more than math-verify
+ACCEPTED = r"""
+(x-1)(x+1) | x^2-1
+4.5 \times 10^{33} | 4.5e33
+1.2E5 | 120000
+120000 | 1.2E5
+10^{-5} | 1e-5
+10^-5 | 1e-5
+1e-5 | 10^{-5}
+0.00001 | 1e-5
+4.5 \cdot 10^{33} | 4.5e33
+4.5*10^33 | 4.5e33
+4.5 x 10^33 | 4.5e33
+4.5×10^{33} | 4.5e33
+-4.5e33 | -4.5 \times 10^{33}
+6.6e-34 \text{ J s} | 6.6 \times 10^{-34}
+6.6e-34 | 6.6e-34 \text{ J s}
+6.6 \times 10^{-34} \, \text{J} \cdot \text{s} | 6.6e-34
+(1e3, 2e3) | (1000,2000)
+1e3, 2e3 | 2000, 1000
+4.5\times10^{+33} | 4.5e33
+x = 1e-8 | 10^{-8}
+x = 1e-8 | x = 0.00000001
+7.5 \times 10^7 | 75000000
+45000000 | 4.5e7
+1e-9, 2e-9 | \{0.000000002, 0.000000001\}
+2,3 | \{3,2\}
+\{3,2\} | 2,3
+3, 2 | 2,3
+x=1 \text{ or } x=2 | 1,2
+x=1 or x=2 | 2,1
+x=1,2 | 1,2
+1 and 2 | 1,2
+1 \text{ and } 2 | 2, 1
+x = \pm 2 | 2,-2
+\pm 2 | -2,2
+1 \pm \sqrt{19} | 1+\sqrt{19}, 1-\sqrt{19}
+x \in \{1, 2\} | 1,2
+(2,3) | (2, 3)
+(2.0,3) | (2,3)
+2,3 | (2,3)
+\left(3, \frac{\pi}{2}\right) | (3, \pi/2)
+27 \text{ cm} | 27
+27\text{ square units} | 27
+27 square units | 27
+27 cm | 27
+27 | 27 \text{ cm}
+27 | 27 cm
+27.5 | 27.5\text{ cm}^2
+27 \text{ cm}^{2} | 27
+27\,\mathrm{cm^2} | 27
+27~\mathrm{m/s} | 27
+27 m/s | 27
+$27$ | 27
+\$27 | 27
+27\$ | 27
+27^\circ | 27
+27^{\circ} | 27
+27 | 27^\circ
+27° | 27
+27 degrees | 27^\circ
+27\% | 27
+0.27 | 27\%
+27 percent | 27\%
+62.5 | 62.5%
+62.5\% | 62.5%
+\frac{5}{8} | 62.5%
+\text{27} | 27
+\text{27 cm} | 27
+\textbf{27} | 27
+x = 27 | 27
+x = 27 \text{ cm} | 27
+27.0 | 27
+27 | 27.0
+32,348 | 32348
+32{,}348 | 32348
+32\,348 | 32348
+32 348 | 32348
+32348 | 32,\!348
+32,348.50 | 32348.5
+\$32,348.50 | 32348.5
+11,111,111,100 | 11,\! 111,\! 111,\! 100
+x = 5 | 5
+S_n = 5 | 5
+f(2) = 5 | 5
+2 + 3 = 5 | 5
+5=5 | 5
+m+n = 5 | 5
+x = 2+3 = 5 | 5
+x = 2+3 = 5 | x=5
+AB = 5 | 5
+|AB| = 5 | 5
+\angle ABC = 90^\circ | 90
+P(A) = 5 | 5
+x^2+y^2 = 25 | 25
+a_1 + a_2 = 5 | 5
+5 | x = 5
+2x+3 | y=2x+3
+y = 3+2x | y=2x+3
+f(x) = 2 x | f(x)=2x
+2x | f(x)=2x
+(x,y) = (2,3) | (2,3)
+x=2, y=3 | x=2,y=3
+evelyn | \text{Evelyn}
+Evelyn | \text{Evelyn}
+\text{evelyn} | Evelyn
+\textbf{Evelyn} | \text{Evelyn}
+\text{(C)} | \text{(C)}
+C | \text{(C)}
+(C) | \text{(C)}
+\text{C} | \text{(C)}
+\mathrm{C} | C
+No solution | \text{no solution}
+\text{No} | No
+\text{True} | True
+\text{SRAC} = \text{LRAC} | SRAC=LRAC
+52_8 | 52_{8}
+52 | 52_8
+52_{8} | 52
+\frac{1}{3} | 0.333333
+0.166667 | \frac{1}{6}
+5 \text{ million} | 5000000
+2.5 million | 2500000
+1\frac{4}{5} | 9/5
+1 \frac{4}{5} | 1.8
+\frac{9}{5} | 1\frac{4}{5}
+\dfrac12 | 0.5
+10^{200}+1 | 1+10^{200}
+\frac{d !}{2 k(d-k) !} | \frac{d!}{2k(d-k)!}
+e^{it}\frac{4A}{3+3i} | \frac{4A}{3+3i}e^{it}
+-1/3 | -\frac13
+\frac{-1}{3} | -\frac{1}{3}
+[-2,7] | x \in [-2,7]
+x \in [-2,7] | [-2,7]
+(-\infty, 0] | (-\infty,0]
+(2,12) \cup (12,102) | (2,12)\cup(12,102)
+(12,102) \cup (2,12) | (2,12)\cup(12,102)
+[2,\infty) | k \geqslant 2
+k \ge 2 | k \geqslant 2
+2 \le k | k \geqslant 2
+\{1-\sqrt5, 1+\sqrt5, -2\} | \{1\pm\sqrt{5},-2\}
+\begin{pmatrix} -0.5 \\ 2 \end{pmatrix} | \begin{pmatrix} -1/2 \\ 2 \end{pmatrix}
+\begin{bmatrix} -1/2 \\ 2 \end{bmatrix} | \begin{pmatrix} -1/2 \\ 2 \end{pmatrix}
+\approx 27 | 27
+3 \mathrm{e}^{2} | 3e^2
+\frac{270}{7} | \frac{270}7\text{ degrees}
+2 \cdot 3 | 6
+x=-\frac{5}{2} \quad\text{or}\quad x=3 | 3, -5/2
+18.90 | \$18.90
+5.4 | 5.4 \text{ cents}
+15000 | 15000 \text{ kcal m}^{-2} \text{yr}^{-1}
+4.4677 \times 10^{14} Hz | 4.4677e14
+0.003 | 0.003^{\prime \prime}
+1950 | 1950^\circ C
+f(x)=x, f(x)=2-x | f(x)=2-x, f(x)=x
+(1,2),(3,4) | (3,4),(1,2)
+\{(1,2),(3,4)\} | (3,4),(1,2)
+\frac{a}{b} = 5 | 5
+27\text{ ways} | 27
+27 apples | 27
+27. | 27
+27\text{.} | 27
+\emptyset | \{\}
+\infty | +\infty
+100\pi\text{ cm}^2 | 100\pi
+a | A
+3 4/5 | 3.8
+3x+2y=5 | 2y+3x-5=0
+(x, y) = (2, 3) | x=2,y=3
+"""
+
+REFUSED = r"""
+2e-8 | 1e-8
+2 \times 10^{-8} | 0.00000001
+0 | 6.6e-34
+0.0 | 6.6e-34 \text{ J s}
+6.6e-34 | 0
+6.6e-34 | 0.0
+2e-8 \text{ cm} | 1e-8 \text{ cm}
+(2e-8, 3) | (1e-8, 3)
+2e-8, 3 | 1e-8, 3
+\{2e-8, 3\} | \{1e-8, 3\}
+x = 2e-8 | x = 1e-8
+x = 2e-8 | 1e-8
+2e-8 | x=1e-8
+[0, 2e-8] | [0,1e-8]
+(0, 2e-8) | (0,1e-8)
+\begin{pmatrix} 2e-8 \\ 1 \end{pmatrix} | \begin{pmatrix} 1e-8 \\ 1 \end{pmatrix}
+2 \times 10^{-20} x | 10^{-20} x
+2 \times 10^{-20} x | 1.0 \times 10^{-20} x
+0.0012344 | 0.001234
+10^{200}+1 | 10^{200}
+2^{1009}+1 | 2^{1009}
+(3,2) | (2,3)
+3,2 | (2,3)
+5 or 6 | 5
+5 \text{ or } 6 | 5
+1,2,3,4,5 | 5
+\{4,5\} | 5
+x=4 or x=5 | 5
+\pm 5 | 5
+1,2 | 1,2,3
+1,2,3 | 1,2
+5,5,5,6 | 5,6
+28 \text{ cm} | 27 \text{ cm}
+28 \text{ cm} | 27
+28^\circ | 27^\circ
+0.1\% | 10\%
+10\% | 1000
+1 = 2 = 5 | 5
+4 = 5 | 5
+x = 4 = 5 | 5
+2 + 2 = 5 | 5
+x + 3 = 5 | 5
+2x = 5 | 5
+x = 5 = 6 | 5
+5 = 6 | 5
+6 = 5 | 5
+1 = x | 5
+y = 5 | x = 5
+x = 1 = 5 | x=5
+1=2=5 | x=5
+nylevE | Evelyn
+nylevE | \text{Evelyn}
+\text{nylevE} | Evelyn
+E*v*e*l*y*n | Evelyn
+E*v*e*l*y*n | \text{Evelyn}
+E \cdot v \cdot e \cdot l \cdot y \cdot n | \text{Evelyn}
+\text{odd} | \text{even}
+e v e n | \text{even}
+CARS=CARL | SRAC=LRAC
+x > 5 | 5
+x \ge 5 | 5
+x \neq 5 | 5
+(4,5) | 5
+[5,\infty) | 5
+4<x<5 | 5
+x<5 | x>5
+x \le 5 | x<5
+\infty | 5
+-\infty | \infty
+\infty - \infty | 0
+0 \cdot \infty | 0
+\frac{1}{0} | 5
+\frac{1}{0} | \infty
+\frac{0}{0} | 0
+\emptyset | 0
+\{\} | 5
+\text{True} | 1
+1 \subset 2 | 1
+2 3 | 5
+2 3 | 6
+2(3) | 5
+52_7 | 52_8
+52_7 | 52_{8}
+4210_6 | 4210_{5}
+5 \text{ million} | 5
+\frac{1}{m} | \frac{1}{m}t
+\frac{1}{2} | \frac{1}{2}t
+2 | 2k
+2 | 2 t
+2n | 2
+x | x^2
+m^2/r^2 | mM/r^2
+5 \text{ not } 6 | 6
+5 \text{ if } x | 5
+\text{not } 5 | 5
+5! | 5
+5? | 5
+5 x | 5
+5 \cdot 6 | 5
+-5 | 5
+5_ | 5
+5, \ldots | 5
+\ldots, 5 | 5
+1, 2, \ldots, 5 | 1,2,5
+5 \approx 6 | 6
+11/2 | 1 \frac{1}{2}
+1\frac12 | 11/2
+12 | 1 2
+1.5 | 1,5
+(2,3) | [2,3]
+[2,3) | (2,3)
+__import__("os").system("touch /tmp/x") | 5
+x \to 5 | 5
+x := 5 | 6
+5 \to 6 | 6
+5 \pmod{7} | 6
+\text{5 or 6} | 5
+5/6 | 5
+5:6 | 5
+5;6 | 5
+a=5, b=6 | 5
+c = a = 6 | 5
+\sqrt{-1} | 1
+\text{answer} | 5
+answer = 6 | 5
+27 \text{ is not } 28 | 28
+27\text{ or }28 | 28
+3.61e-10 | 3.62e-10
+1e400 | 1e401
+1e9999 | 1e9998
+3 \text{ or more} | 3
+\frac{\pi}{6} | 30^\circ
+3 4/5 | 3
+5\text{ dozen} | 60
+9:30 | 10:30
+"""
+
+
+@pytest.mark.parametrize("block, right", [(ACCEPTED, 1.0), (REFUSED, 0.0)], ids=["accepted", "refused"])
+def test_more_traps(judge, block, right):
+    traps = [line.split(" | ") for line in block.strip().splitlines()]
+    assert len(traps) > 100
+    assert [trap for trap, got in zip(traps, rewards(judge, traps)) if got != right] == []
+
+
+@pytest.mark.parametrize("alike", [
+    ["27", "27.0", " 27 ", "$27$", "27\\text{ cm}", "27.", "\\text{27}", "027", "27^\\circ", "\\$27"],
+    [r"\dfrac{1}{2}", r"\frac12", r"\frac{1}{2}", "1/2", r"$\tfrac{1}{2}$"], [".5", "0.5", "0.50"],
+    ["4.5e33", r"4.5 \times 10^{33}", "4.5*10^33", r"4.50 \cdot 10^{33}"], ["32,348", "32{,}348", r"32\,348", "32348"],
+    [r"\left(3, \frac{\pi}{2}\right)", r"(3,\frac{\pi}{2})"], ["No solution", r"\text{no solution}"], ["x^{2}", "x^2"],
+    [r"1\frac{1}{2}"], ["11/2"], ["12"], ["1 2"], ["-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}"], ["2n"], ["2N"], ["1,2"], ["1.2"],
+    [r"10\%"], ["10", "10.00"], [r"52_8"], [r"52_7"], ["100"], ["(1,2)"], ["[1,2]"], ["1e-8"], ["2e-8"], [""]])
+def test_canonical(alike):
+    """One text for one answer, and none shared with what is something else."""
+    assert len({canonical(text) for text in alike}) == 1
+    assert [canonical(text) for text in (canonical(alike[0]), canonical(canonical(alike[0])))] == [canonical(alike[0])] * 2
+    CANONICAL.setdefault(canonical(alike[0]), alike)
+    assert CANONICAL[canonical(alike[0])] == alike
+
+
+CANONICAL = {}
+
+
+@pytest.mark.parametrize("response, style, final", [
+    (r"\boxed{1} \boxed{ 2 }", "boxed", " 2 "), ("2", "boxed", None), (r"\boxed{1}</think>\boxed{2}", "think", "2"),
+    (r"\boxed{1}</think>2", "think", None), (r"\boxed{1}", "think", None), (r"</think></think>\boxed{1}", "think", None),
+    ("#1# 2 ", "hash", "2"), ("2", "hash", None)])
+def test_final_answer(response, style, final):
+    assert final_answer(response, style) == final
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=300) | st.text("\\{}$^_,. 0123456789eEx*textcmandor", max_size=300))
+def test_canonical_takes_any_text(text):
+    canonical(text)
+
+
 @pytest.fixture(scope="module")
 def golds(tmp_path_factory):
     """Every benchmark's answers, {name: [list of acceptable answers, ...]}."""
@@ -175,33 +531,56 @@ def rewards(judge, pairs):
     return [v.reward for v in judge.submit([(rf"So \boxed{{{box}}}.", gold, "boxed") for box, gold in pairs]).result()]
 
 
+def number(text):
+    """The number that a gold is, in plain Python, or None."""
+    text = re.sub(r"\\text\{[^}]*\}|\\mbox.*|\^\{?\\circ\}?|\\%|\\!|[$\s,]|%", "", text).replace(r"\dfrac", r"\frac")
+    text = re.sub(r"^(-?)\\frac\{?(\d+?)\}?\{?(\d+)\}?$", r"\1\2/\3", text)
+    text = re.sub(r"^(?:x|k|n|N)=|(?<=\d)\\times(?=10)", lambda match: "" if "=" in match[0] else "e", text)
+    text = re.sub(r"e10\^\{?(-?\d+)\}?", r"e\1", re.sub(r"^10\^\{?(-?\d+)\}?$", r"1e\1", text))
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def really_equal(one, other):
+    """By other means than those of reward.py."""
+    bare = [re.sub(r"[\s${}]|\\(?:left|right)|^[xkn]=", "", text).replace("dfrac", "frac").rstrip(".") for text in (one, other)]
+    return bare[0] == bare[1] or None is not number(one) == number(other)
+
+
 def test_golds_are_right_as_they_stand_and_in_other_words(judge, golds):
-    r"""All 1,600 as they stand. Up to 100 a benchmark with 27 and 27.0 exchanged, or 5e-4 and 5 \cdot 10^{-4}, or \frac
-    and \dfrac, or in dollars (measured once on all 1,600 golds of the real benchmarks: all right)."""
+    r"""All 1,679 as they stand, each against itself and against all that its problem accepts, as text. The distinct ones
+    once more by math-verify and not as text, for which 1 + 0 is put where there is a number to put it."""
     for name, answers in golds.items():
-        as_they_stand = rewards(judge, [(gold, answer) for answer in answers for gold in answer])
-        assert as_they_stand == [1.0] * sum(map(len, answers)), name
-        other = []
-        for answer in answers[::-(-len(answers) // 100)]:
-            box = answer[0] if "$" in answer[0] else f"${answer[0]}$"
-            if re.fullmatch(r"-?\d+(\.0)?", answer[0]):
-                box = answer[0][:-2] if answer[0].endswith(".0") else answer[0] + ".0"
-            elif number := re.fullmatch(r"(-?[\d.]+)e(-?\d+)", answer[0]):
-                box = rf"{number[1]} \cdot 10^{{{number[2]}}}"
-            other.append((box.replace(r"\times", r"\cdot").replace(r"\frac", r"\dfrac"), answer))
-        assert rewards(judge, other) == [1.0] * len(other), name
+        alone = rewards(judge, [(gold, gold) for answer in answers for gold in answer])
+        listed = rewards(judge, [(gold, answer) for answer in answers for gold in answer])
+        assert alone == listed == [1.0] * sum(map(len, answers)), name
+    distinct = sorted({gold for answers in golds.values() for answer in answers for gold in answer})
+    reword = [lambda gold: gold.replace(r"\frac", r"\dfrac").replace(r"\times", r"\cdot"), lambda gold: gold if "." in gold[-2:] else gold + ".",
+              lambda gold: gold if "$" in gold else f"${gold}$", lambda gold: re.sub(r"([+=])", r" \1 ", gold),
+              lambda gold: gold.replace("(", r"\left(").replace(")", r"\right)") if "left" not in gold and "]" not in gold else gold,
+              lambda gold: gold + r"\text{ cm}" if number(gold) is not None and not re.search("[a-z%]", gold) else gold,
+              lambda gold: gold[:-2] if gold.endswith(".0") else gold + ".0" if re.fullmatch(r"-?\d+", gold) else gold]
+    pairs = [(words, gold) for gold in distinct for words in sorted({change(gold) for change in reword} - {gold})]
+    assert len(pairs) > 500
+    assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got != 1] == []
+    work = [(f"{gold}+0", gold) for gold in distinct if number(gold) is not None and not re.search(r"[^\d.$-]", gold)]
+    work = [(box.replace("$+0", "+0$"), gold) for box, gold in work][:150]
+    assert len(work) > 50 and [pair for pair, got in zip(work, rewards(judge, work)) if got != 1] == []
 
 
-def test_other_golds_are_wrong(judge, golds):
-    """Up to 50 a benchmark against their neighbours', and against themselves plus one."""
-    neighbours, near = [], []
+def test_another_problems_answer_is_wrong(judge, golds):
+    """Three others of the same benchmark per problem, and the number one above."""
+    rng, pairs = random.Random(0), []
     for answers in golds.values():
-        answers = answers[-50:]
-        neighbours += [(a[0], b) for a, b in zip(answers, answers[1:]) if not set(a) & set(b)]
-        near += [(str(int(a[0]) + 1), a) for a in answers if re.fullmatch(r"-?\d+", a[0])]
-    assert len(neighbours) > 150 and len(near) > 15
-    assert sum(rewards(judge, neighbours)) <= 2  # x = 5 and 5 may be neighbours
-    assert sum(rewards(judge, near)) == 0
+        for i, answer in enumerate(answers):
+            others = rng.sample([j for j in range(len(answers)) if j != i], 3)
+            pairs += [(rng.choice(answers[j]), answer) for j in others]
+            pairs += [(str(int(gold) + 1), [gold]) for gold in answer if re.fullmatch(r"-?\d+", gold)]
+    pairs = [(box, answer) for box, answer in pairs if not any(really_equal(box, gold) for gold in answer)]
+    assert len(pairs) > 4700
+    assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got] == []
 
 
 def test_long_responses_are_read_quickly(judge):
@@ -217,7 +596,7 @@ def test_long_responses_are_read_quickly(judge):
 
 def test_reward_from_the_main_thread_and_from_others():
     """math-verify itself raises off the main thread, which has scored whole runs 0."""
-    asked = [(r"\boxed{27}", "27.0"), (r"\boxed{28}", "27.0"), (r"\boxed{1/2}", ["2", r"\frac12"])]
+    asked = [(r"\boxed{20 + 7}", "27.0"), (r"\boxed{28}", "27.0"), (r"\boxed{1/2}", ["2", r"\frac12"])]
     assert [reward(*pair) for pair in asked] == [1.0, 0.0, 1.0]
     found = {}
     threads = [threading.Thread(target=lambda i=i: found.update({i: reward(*asked[i % 3])})) for i in range(12)]
@@ -226,6 +605,74 @@ def test_reward_from_the_main_thread_and_from_others():
     for thread in threads:
         thread.join(60)
     assert found == {i: [1.0, 0.0, 1.0][i % 3] for i in range(12)}
+
+
+ROWS = r"\\".join("&".join(["1"] * 100) for _ in range(18))
+HOSTILE = [
+    TOWER, r"\boxed{10000000!}", r"\boxed{\binom{10^9}{5 \cdot 10^8}}", r"\boxed{\sum_{k=1}^{10^9} \frac{1}{k^3}}",
+    r"\boxed{\lim_{x\to 0} \frac{\sin(\tan x)-\tan(\sin x)}{x^7}}", r"\boxed{\begin{pmatrix}" + ROWS + r"\end{pmatrix}}",
+    r"\boxed{" + "9" * 4000 + "}", r"\boxed{\sqrt[10^9]{2}}", r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}",
+    r"\boxed{" + r"\frac{1}{" * 400 + "1" + "}" * 400 + "}", r"\boxed{\operatorname{zeros}(10^5, 10^5)}", r"\boxed{" * 150_000,
+    "x" * 10**6 + r"\boxed{20 + 7}", "{" * 10**6, "\\boxed{\0\ud800 5}", r"\boxed{" + r"1\text{a}" * 400 + "}", r"\boxed{\int_0^1 x^{x^x} dx}"]
+
+
+def test_no_hostile_text_is_right_or_outlasts_its_time():
+    with Judge(workers=2, timeout=2) as judge:
+        judge.start()
+        began = time.monotonic()
+        batches = [judge.submit([(text, "5", "boxed")]) for text in HOSTILE]
+        verdicts = [batch.result(100)[0] for batch in batches]
+        assert [v.reward for v in verdicts] == [0.0] * len(HOSTILE) and verdicts[0].reason == "timeout"
+        assert time.monotonic() - began < 5 * len(HOSTILE)
+
+
+@pytest.mark.parametrize("hostile", [TOWER, "x" * 10**6 + TOWER, "{" * 10**6])
+def test_reward_answers_in_time(hostile):
+    """Altogether, with the start of a worker: the one before was killed."""
+    began = time.monotonic()
+    assert reward(hostile, "5") == 0.0
+    assert time.monotonic() - began < 11
+
+
+def test_reward_answers_in_time_from_another_thread():
+    found = {}
+    thread = threading.Thread(target=lambda: found.update(hostile=reward(TOWER, "5"), right=reward(r"\boxed{20 + 7}", "27")))
+    thread.start()
+    thread.join(25)
+    assert found == {"hostile": 0.0, "right": 1.0}
+
+
+def test_no_text_is_evaluated(judge, tmp_path):
+    """Neither by sympify() nor by parse_expr(), which end in eval() and to which sympy.Number("1") goes."""
+    mark = tmp_path / "evaluated"
+    code = f"__import__('pathlib').Path('{mark}').touch()"
+    for text in (code, rf"\text{{{code}}}", f"1+{code}", rf"\operatorname{{exec}}({code})", f"x_{{{code}}}", f"$${code}$$",
+                 rf"\operatorname{{gcd}}({code}, 2)", rf"1\%{code}", f"5, {code}", rf"\frac{{{code}}}{{2}}", f"1e5{code}"):
+        assert rewards(judge, [(text, "5"), ("5", text), (text, f"{text} + 0")])[:2] == [0.0, 0.0]
+    code = "import reward, sympy; reward._grader(); sympy.sympify('1 + 1')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert not mark.exists() and "never evaluated" in done.stderr
+
+
+def test_start_starts_the_workers():
+    with Watched(workers=2, timeout=20) as judge:
+        judge.start()
+        first = judge.pids()
+        judge.start()
+        assert len(first) == 2 and rewards(judge, [("20 + 7", "27.0")]) == [1.0] and judge.pids() == first
+    with pytest.raises(RuntimeError, match="closed"):
+        judge.start()
+
+
+def test_the_same_request_is_judged_once():
+    """A hang of a whole group costs one timeout, and every index gets its own verdict."""
+    with Judge(workers=1, timeout=3) as judge:
+        judge.start()
+        began = time.monotonic()
+        items = [(TOWER, "5", "boxed"), SUM, (r"\boxed{1 + 1}", "3", "boxed"), (TOWER, ["5"], "boxed")] * 50
+        verdicts = judge.submit(items).result(100)
+        assert time.monotonic() - began < 30
+        assert verdicts == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong"), Verdict(0.0, "timeout")] * 50
 
 
 @pytest.mark.parametrize("arguments", [
@@ -248,15 +695,15 @@ def test_submit_says_what_is_wrong(judge):
 
 
 def test_verdicts_keep_their_order(judge):
-    batches = [judge.submit([(rf"\boxed{{{i}.0}}", str(i // 2 * 2), "boxed") for i in range(60)]) for _ in range(3)]
+    batches = [judge.submit([(rf"\boxed{{{i} + 0}}", str(i // 2 * 2), "boxed") for i in range(60)]) for _ in range(3)]
     assert [[v.reward for v in batch.result()] for batch in batches] == [[1.0, 0.0] * 30] * 3
 
 
 def test_a_hang_costs_its_timeout_and_nothing_else():
     with Watched(workers=1, timeout=3) as judge:
-        assert judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result() == [RIGHT]
+        assert judge.submit([SUM]).result() == [RIGHT]
         first, began = judge.started(), time.monotonic()
-        items = [(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed"), (r"\boxed{28}", "27.0", "boxed")]
+        items = [(TOWER, "5", "boxed"), SUM, (r"\boxed{28}", "27.0", "boxed")]
         verdicts = judge.submit(items).result(60)
         assert verdicts == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong")]
         assert 3 <= time.monotonic() - began < 20
@@ -265,30 +712,30 @@ def test_a_hang_costs_its_timeout_and_nothing_else():
 
 def test_a_stopped_worker_is_replaced():
     with Watched(workers=1, timeout=3) as judge:
-        judge.submit([(r"\boxed{27}", "27.0", "boxed")]).result()
+        judge.submit([SUM]).result()
         os.kill(judge.started()[0], signal.SIGSTOP)
-        verdicts = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 3).result(60)
+        verdicts = judge.submit(sums(3)).result(60)
         assert verdicts == [Verdict(0.0, "timeout"), RIGHT, RIGHT]
 
 
 def test_a_killed_worker_is_replaced_and_its_item_judged_again():
     with Watched(workers=2, timeout=60) as judge:
-        judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20).result()
+        judge.submit(sums(20)).result()
         for pid in judge.started():
             os.kill(pid, signal.SIGSTOP)  # so that the kill below hits them with an item each in hand
-        batch = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20)
+        batch = judge.submit(sums(20))
         time.sleep(0.3)
         for pid in judge.pids():
             os.kill(pid, signal.SIGKILL)
         assert batch.result(60) == [RIGHT] * 20
         for pid in judge.started():
             os.kill(pid, signal.SIGKILL)  # and while idle
-        assert judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 20).result(60) == [RIGHT] * 20
+        assert judge.submit(sums(20)).result(60) == [RIGHT] * 20
 
 
 def test_an_item_that_kills_its_worker_twice_is_a_crash():
     with Watched(workers=1, timeout=120) as judge:
-        batch = judge.submit([(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed")])
+        batch = judge.submit([(TOWER, "5", "boxed"), SUM])
         for _ in range(2):
             worker = judge.started()[0]
             while sum(map(int, Path(f"/proc/{worker}/stat").read_text().split()[13:15])) < 200:  # clock ticks of 10 ms
@@ -300,25 +747,25 @@ def test_an_item_that_kills_its_worker_twice_is_a_crash():
 
 def test_items_are_spread_over_the_workers():
     with Watched(workers=2, timeout=3) as judge:
-        batch = judge.submit([(TOWER, "5", "boxed"), (r"\boxed{27}", "27.0", "boxed"), (TOWER, "6", "boxed")] * 2)
+        batch = judge.submit([(TOWER, "5", "boxed"), SUM, (TOWER, "6", "boxed")])
         assert len(set(judge.started())) == 2
-        assert [v.reason for v in batch.result(60)] == ["timeout", None, "timeout"] * 2
+        assert [v.reason for v in batch.result(60)] == ["timeout", None, "timeout"]
 
 
 def test_worker_limits_and_ctrl_c():
     with Watched(workers=1, timeout=20) as judge:
-        assert rewards(judge, [("27", "27.0")]) == [1.0]
+        assert rewards(judge, [("20 + 7", "27.0")]) == [1.0]
         worker = judge.started()[0]
         memory = re.search(r"Max address space\s+(\d+)", Path(f"/proc/{worker}/limits").read_text())
         assert int(memory[1]) == module.WORKER_MEMORY
         os.kill(worker, signal.SIGINT)
-        assert rewards(judge, [("27", "27.0")]) == [1.0] and judge.pids() == [worker]
+        assert rewards(judge, [("20 + 7", "27.0")]) == [1.0] and judge.pids() == [worker]
 
 
 def test_close_finishes_the_work_and_ends_the_workers():
     before = set(pids())
     judge = Judge(workers=2)
-    batch = judge.submit([(r"\boxed{27}", "27.0", "boxed")] * 10)
+    batch = judge.submit(sums(10))
     judge.close()
     assert batch.done() and batch.result() == [RIGHT] * 10 and set(pids()) == before
     judge.close()
@@ -342,9 +789,9 @@ def test_a_script_without_main_guard_and_its_forks(tmp_path):
     done = script(tmp_path, r"""
 import os
 from reward import Judge, reward
-print(reward(r"\boxed{27}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
+print(reward(r"\boxed{20 + 7}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
 if os.fork() == 0:  # the parent's threads are not here
-    print(reward(r"\boxed{27}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
+    print(reward(r"\boxed{20 + 7}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
     os._exit(0)
 os.wait()
 print(Judge(1, 1.5).submit([(r"\boxed{9^{9^{9^{9^9}}}}", "5", "boxed")]).result()[0].reason)
@@ -357,10 +804,10 @@ def test_workers_die_with_their_parent(tmp_path):
     done = script(tmp_path, rf"""
 import os, signal, sys, time
 sys.path += [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from test_reward import TOWER, Watched
+from test_reward import TOWER, Watched, sums
 judge = Watched(2, 100)
-judge.submit([(r"\boxed{{27}}", "27.0", "boxed")] * 50).result()
-judge.submit([(TOWER, "5", "boxed")] * 2)
+judge.submit(sums(50)).result()
+judge.submit([(TOWER, "5", "boxed"), (TOWER, "6", "boxed")])
 time.sleep(1)
 print(*judge.started(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -380,12 +827,16 @@ def test_no_math_verify_is_an_error_not_a_wrong_answer(tmp_path):
     done = script(tmp_path, r"""
 from reward import Judge, reward
 try:
-    Judge(2).submit([(r"\boxed{27}", "27.0", "boxed")] * 3).result()
+    Judge(2).start()
+except RuntimeError as error:
+    print("start:", error)
+try:
+    Judge(2).submit([(r"\boxed{20 + 7}", "27.0", "boxed")] * 3).result()
 except RuntimeError as error:
     print(error)
-print(reward(r"\boxed{27}", "27.0"))
+print(reward(r"\boxed{20 + 7}", "27.0"))
 """, env={**os.environ, "PYTHONPATH": str(tmp_path / "broken")})
-    assert "no antlr here" in done.stdout and "is math-verify" in done.stdout and done.stdout.endswith("\n0.0\n")
+    assert done.stdout.count("no antlr here") == 2 and done.stdout.startswith("start: no reward worker") and "is math-verify" in done.stdout and done.stdout.endswith("\n0.0\n")
     assert "scored 0" in done.stderr
 
 

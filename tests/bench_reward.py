@@ -1,0 +1,71 @@
+"""How many responses a second are judged: a Judge, and math-verify on the whole response in one thread, as most code does.
+
+python tests/bench_reward.py [--responses 2048] [--workers 2], with the golds of $REMIX_DATA. Not a test.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def make(count: int, rng: random.Random) -> list[tuple[str, str | list[str], str]]:
+    """Responses of about 8k tokens. Half are right, in other words; half give another problem's answer."""
+    files = sorted((Path(os.environ["REMIX_DATA"]) / "benchmarks").glob("*.jsonl"))
+    golds = [json.loads(line)["answer"] for path in files for line in path.read_text().splitlines()]
+    line = r"We have $x^2 + \frac{a}{b} = 4.5 \cdot 10^3$, so that {n} of the pairs remain; let me check that again. "
+    items = []
+    for i in range(count):
+        answer, other = rng.sample(golds, 2)
+        box = answer if i % 2 else other
+        box = (box if isinstance(box, str) else box[0]).replace(r"\frac", r"\dfrac").replace(r"\times", r"\cdot")
+        text = "".join(line.replace("{n}", str(rng.randint(2, 10**6))) for _ in range(300))
+        items.append((text + rf"Therefore the answer is $\boxed{{ {box} }}$.", answer, "boxed"))
+    return items
+
+
+def plain_math_verify(items) -> float:
+    from math_verify import parse, verify
+    right = 0
+    for response, answer, _ in items:
+        golds = [answer] if isinstance(answer, str) else answer
+        try:
+            found = parse(response)
+            right += any(verify(parse(rf"\boxed{{{gold}}}"), found) for gold in golds)
+        except Exception:  # its timeouts among them
+            pass
+    return right / len(items)
+
+
+def main():
+    from reward import Judge
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--responses", type=int, default=2048)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    items = make(args.responses, random.Random(0))
+    print(f"{len(items)} responses of {sum(len(item[0]) for item in items) // len(items)} characters")
+    rates = {}
+    with Judge(args.workers) as judge:
+        judge.start()
+        began = time.perf_counter()
+        verdicts = judge.submit(items).result()
+        rates[f"Judge, {args.workers} workers"] = (len(items) / (time.perf_counter() - began), sum(v.reward for v in verdicts) / len(items))
+    began = time.perf_counter()
+    share = plain_math_verify(items)
+    rates["plain math-verify"] = (len(items) / (time.perf_counter() - began), share)
+    for name, (rate, right) in rates.items():
+        print(f"{name:<20} {rate:8.1f} judgements/s   {right:6.1%} right")
+    ours, theirs = (rate for rate, _ in rates.values())
+    print(f"ratio {ours / theirs:.1f}")
+
+
+if __name__ == "__main__":
+    main()
