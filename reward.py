@@ -170,18 +170,6 @@ def _look(response: str, answer: str | list[str], style: str) -> Verdict | dict:
     return {"box": final, "golds": [gold for gold in golds if len(gold) <= MAX_BOX]}
 
 
-def final_answer(response, style):
-    if style == "hash":
-        return response.rpartition("#")[2].strip() if "#" in response else None
-    if style == "think":
-        response = response.partition("</think>")[2]
-    return last_box(response)
-
-
-def canonical(text):
-    return "".join(text.split())
-
-
 # -- the parent's side ------------------------------------------------------------------------------------------------
 
 class _Batch:
@@ -255,9 +243,6 @@ class Judge:
                 self._queue.put(request)
         return batch.future
 
-    def start(self):
-        self.submit([(r"\boxed{1}", "1.0", "boxed")]).result()
-
     def close(self, wait: bool = True) -> None:
         """Takes no more work, finishes what it has, ends the workers; wait=False returns at once."""
         with self._lock:
@@ -316,8 +301,7 @@ def _start() -> subprocess.Popen:
     environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     for _ in range(2):
         process = subprocess.Popen([sys.executable, _FILE, "--worker", str(os.getpid())], env=environment,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   start_new_session=True)  # torchrun and terminals signal whole groups, and the trainer goes on to the end of its step
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         reply = _exchange(process, None, START_SECONDS)
         if reply == {"ready": True}:
             return process

@@ -522,7 +522,7 @@ def test_canonical_takes_any_text(text):
 def golds(tmp_path_factory):
     """Every benchmark's answers, {name: [list of acceptable answers, ...]}."""
     folder = benchmark_folder(tmp_path_factory.mktemp("data"))
-    load = {name: data.load_benchmark(name, folder) for name in data.BENCHMARKS}
+    load = {name: data.load_problems(folder / "benchmarks" / f"{name}.jsonl") for name in data.BENCHMARKS}
     return {name: [p["answer"] if isinstance(p["answer"], list) else [p["answer"]] for p in problems]
             for name, problems in load.items()}
 
