@@ -478,7 +478,7 @@ def _grader():
                 return True
             if exact and gold.is_rational and box.is_rational:  # it looks at 100 digits: 10^{200} + 1 is 10^{200}
                 return gold.doit() == box.doit()
-        return verify(gold, box, timeout_seconds=None)  # no time limit of its own: we get killed
+        return verify(gold, box, timeout_seconds=None, allow_set_relation_comp=True)  # no time limit of its own: we get killed
 
     def distance(gold, box) -> float | None:
         """Relative, for numbers, and for formulas at a point; None where that says nothing. Quick where simplify() is slow."""

@@ -146,6 +146,9 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{x = 5}", "5", "boxed", None), (r"\boxed{\text{Evelyn}}", "Evelyn", "boxed", None),
     (r"\boxed{\frac{\sqrt{3}}{\frac{1}{2}}}", r"2\sqrt3", "boxed", None),
     (r"\boxed{ no  solution }", "no solution", "boxed", None), (r"\boxed{5}, I am sure", " 5\n", "boxed", None),
+    # a set and the relation that describes it, either way round
+    (r"\boxed{x \ge 3}", r"[3,\infty)", "boxed", None), (r"\boxed{[3,\infty)}", r"x \ge 3", "boxed", None),
+    (r"\boxed{0<x<1}", "(0,1)", "boxed", None), (r"\boxed{x > 3}", r"[3,\infty)", "boxed", "wrong"), (r"\boxed{x \ge 3}", "3", "boxed", "wrong"),
     # any one of a list of answers
     (r"\boxed{28}", ["27", "28.0"], "boxed", None), (r"\boxed{27}", ["27", "28.0"], "boxed", None),
     (r"\boxed{29}", ["27", "28.0"], "boxed", "wrong"), (r"\boxed{27, 28}", ["27", "28.0"], "boxed", "wrong"),
