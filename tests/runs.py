@@ -1,8 +1,9 @@
 """Several runs of train.py in one process, some of them sabotaged: to start a process takes longer than a run.
 
-    python tests/runs.py NAME FOLDER [RECORDED]     # or under torchrun -> FOLDER/NAME-RANK.json, run -> what it ended with, null if at its end
+    python tests/runs.py NAME FOLDER [INPUT]     # or under torchrun -> FOLDER/NAME-RANK.json, run -> what it ended with, null if at its end
 
-RECORDED: folder of the run whose rollouts are trained on. Runs that replay are done where nothing can import what only engines and judges need.
+INPUT: folder of the run whose rollouts are trained on, or a file of flags. Runs that replay are done where nothing can import what only engines
+and judges need.
 """
 
 import contextlib
@@ -28,9 +29,11 @@ class Runs:
         import torch.distributed as dist
 
         import distributed
+        import faults
         import train
         self.train, self.folder, self.ended, self.ranks = train, folder, {}, distributed.start(1)
-        train.start = lambda threads: self.ranks
+        train.start = lambda *_: self.ranks
+        faults.reported = contextlib.nullcontext  # it would end the process
         dist.destroy_process_group = lambda: None
 
     def __call__(self, name, *flags, **sabotage):
@@ -43,6 +46,12 @@ class Runs:
                 self.ended[name] = self.train.main([*map(str, flags), "--out", str(self.folder / name)])
             except (RuntimeError, ValueError) as error:
                 self.ended[name] = f"{type(error).__name__}: {error}"
+
+
+def algorithms(run, flags):
+    """A run for each entry of a JSON file, name -> flags."""
+    for name, values in json.loads(flags.read_text()).items():
+        run(name, *values)
 
 
 def engine(run, _):
@@ -144,11 +153,11 @@ def apart(run, recorded):
     run("history", *again, RingBuffer=Forgetful)
 
 
-def main(name, folder, recorded=None):
-    if name != "engine":
+def main(name, folder, given=None):
+    if name in ("replayed", "apart"):
         sys.modules.update(dict.fromkeys(LAPTOP))  # import raises ImportError
     run = Runs(Path(folder))
-    globals()[name](run, recorded and Path(recorded))
+    globals()[name](run, given and Path(given))
     (Path(folder) / f"{name}-{run.ranks.rank}.json").write_text(json.dumps(run.ended))
 
 

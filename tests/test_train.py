@@ -100,17 +100,22 @@ EXPECTED = {"ppo": ([30, 30, 30, 30], [0, 0, 0, 0], [1, 1, 1, 1]),
 
 
 @pytest.fixture(scope="module")
-def real_run(guesser, easy_problems, problems_file, tmp_path_factory, two_at_a_time):
-    """real_run(algo) -> (folder, stdout, flags), each run once: two ranks, real vLLM, real math-verify."""
+def real_run(guesser, easy_problems, problems_file, tmp_path_factory):
+    """real_run(algo) -> (folder, stdout, flags): two ranks, real vLLM, real math-verify; one after the other in two processes (runs.py)."""
     runs = tmp_path_factory.mktemp("runs")
 
-    def run(algo):
-        flags = [*COMMON, "--model", str(guesser), "--algo", algo, "--out", str(runs / algo)]
+    def flags_of(algo):
+        flags = [*COMMON, "--model", str(guesser), "--algo", algo]
         flags += ["--data", str(problems_file if algo == "grpo" else easy_problems)]
         flags += ["--prompts", "10" if "grpo" in algo else "30"] + (MIXED if "mix" in algo else [])
-        flags += (["--reincarnate", "3"] if "remix" in algo else []) + (["--tensorboard"] if algo == "ppo" else [])
-        return runs / algo, launched("train.py", *flags, ranks=2), flags
-    return two_at_a_time("test_every_algorithm_on_real_problems", "algo", run)
+        return flags + (["--reincarnate", "3"] if "remix" in algo else []) + (["--tensorboard"] if algo == "ppo" else [])
+
+    flags = {algo: flags_of(algo) for algo in EXPECTED}
+    (runs / "flags.json").write_text(json.dumps(flags))
+    stdout = launched("tests/runs.py", "algorithms", runs, runs / "flags.json", ranks=2, timeout=600)
+    assert json.loads((runs / "algorithms-1.json").read_text()) == json.loads((runs / "algorithms-0.json").read_text()) == dict.fromkeys(EXPECTED)
+    said = {part.partition("\n")[0]: part for part in stdout.split("== ")[1:]}
+    return lambda algo: (runs / algo, said[algo], [*flags[algo], "--out", str(runs / algo)])
 
 
 @pytest.mark.parametrize("algo", EXPECTED)
