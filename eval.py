@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import faults
@@ -198,4 +197,5 @@ def table(scores):
 
 if __name__ == "__main__":
     faults.guard()
-    sys.exit(main())
+    main()
+    faults.leave()
