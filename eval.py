@@ -337,4 +337,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     faults.guard()
-    sys.exit(main())
+    main()
+    faults.leave()

@@ -76,7 +76,7 @@ def watch(reader, _writer):
     first = Here.rank == "0"
     if Here.step is None:
         end(f"stopped by {Here.notice}; {stands()}" if first else None, 128 + number)
-    if first:
+    if first and not Here.leaving:
         print(f"{Here.notice}: this run saves and stops at the end of step {Here.step}; another signal stops it at once", flush=True)
     reader.settimeout(0.5)
     while True:
@@ -98,6 +98,13 @@ def end(line, code):
     if line:
         print(f"\n{line}", file=sys.stderr, flush=True)  # on a line of its own, also after a progress bar
     os._exit(code)
+
+
+def leave():
+    """End a process whose work is done with code 0. Python's own end has aborted a finished run: threads of libraries, torn down in C++."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def where():

@@ -355,3 +355,4 @@ def write_samples(out, step, tokenizer, samples):
 
 if __name__ == "__main__":
     main()
+    faults.leave()
