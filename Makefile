@@ -8,7 +8,7 @@ demo: .venv/ready
 	.venv/bin/python compare.py demo
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 stress: .venv/ready
 	.venv/bin/python -m pytest -q -s tests/stress_*.py

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,22 +148,6 @@ def gone(pids, seconds=60):
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
-def two_at_a_time(request):
-    """start(test, of, job): job(x) for every x that the selected cases of the function `test` have as parameter `of`, two at a time
-    (one alone leaves half of two cores idle) -> get(x), which waits for the result."""
-    pools = []
-
-    def start(test, of, job):
-        chosen = dict.fromkeys(item.callspec.params[of] for item in request.session.items if getattr(item, "originalname", None) == test)
-        pools.append(ThreadPoolExecutor(2))
-        running = {x: pools[-1].submit(job, x) for x in chosen}
-        return lambda x: (running[x] if x in running else running.setdefault(x, pools[-1].submit(job, x))).result()
-    yield start
-    for pool in pools:
-        pool.shutdown(cancel_futures=True)
-
-
 def metrics_of(folder, unfinished=False):
     """The lines of a run's metrics.jsonl; strict JSON. `unfinished`: a run that is going on may be writing its last."""
     def refuse(constant):
@@ -187,21 +170,9 @@ def hub():
     server.close()
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow_start: what the test waits for begins with the session")
+LONGEST = ["test_train.py", "test_real.py", "test_eval.py", "test_reward.py", "test_replay.py"]
 
 
-def pytest_collection_finish(session):
-    """pip resolves the GPU requirements for most of a minute: beside the other tests, not before or after them."""
-    if any(item.get_closest_marker("slow_start") for item in session.items) and not session.config.option.collectonly:
-        import tempfile
-        from test_install import resolve
-        report = Path(tempfile.mkdtemp()) / "gpu.json"
-        session.config.gpu_resolution = resolve("requirements.txt", report, "--ignore-installed"), report
-
-
-@pytest.fixture
-def gpu_resolution(request):
-    """(pip's process, the report that it writes)."""
-    yield request.config.gpu_resolution
-    request.config.gpu_resolution[0].kill()
+def pytest_collection_modifyitems(items):
+    """The longest files first: two processes take the files in this order (Makefile), and neither shall be left alone with one."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
