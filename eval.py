@@ -137,8 +137,8 @@ def parse(argv):
     path = Path(args.model or "toy").resolve()
     beside = {"model": "eval", "best": "eval-best"}.get(path.name)  # RUN/model -> RUN/eval
     args.out = Path(args.out or (Path(args.rejudge) / "rejudged" if args.rejudge else path.parent / beside if beside else Path("eval") / path.name))
-    if (args.out / "results.json").exists() and not args.compare:
-        raise ConfigError(f"{args.out} already holds results: choose another --out, or judge its responses again with --rejudge {args.out}")
+    if not args.compare:
+        check_free(args.out)
     if args.template != "auto":
         data.template_style(args.template)
     if args.reward:
@@ -146,19 +146,28 @@ def parse(argv):
     return args
 
 
+def check_free(out):
+    """Raise ConfigError where `out` holds a finished evaluation."""
+    if (out / "results.json").exists():
+        raise ConfigError(f"{out} already holds results: choose another --out")
+
+
 def make_parts(args, say):
     """Everything that a generation needs. Returns (parts, folder of the model, tokenizer, longest sequence (tokens)). Raises ValueError."""
     import data
     import toy
+    from prepare import encode, try_reward
     vllm = check_vllm()
-    names = list(dict.fromkeys((args.benchmarks or (",".join(score.PAPER) if args.preset else "toy")).split(",")))
+    names = ",".join(score.PAPER) if args.preset else "toy"
+    names = list(dict.fromkeys(name.strip() for name in (names if args.benchmarks is None else args.benchmarks).split(",")))
     problems = {name: load_eval_data(name, args.data_dir) for name in names}
+    if args.reward:
+        try_reward(args.reward, problems[names[0]][0]["answer"])
     folder = hub.model_folder(args.model) if args.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
     if args.model:
         hub.check_model(folder, args.tp)
     tokenizer, context = data.load_tokenizer(folder), context_length(folder)
-    from distributed import check_gpus  # PyTorch, late: what needs no more than a look is said by now
-    from prepare import encode
+    from distributed import check_gpus
     check_gpus(vllm)
     template = args.template if args.template != "auto" else (
         of_run(args.model, "template") or data.default_template(args.model or folder, tokenizer))
@@ -185,7 +194,7 @@ def of_run(model, name):
         return None
 
 
-def describe(args, parts, folder):
+def describe(args, parts, folder, length):
     """The settings of an evaluation, as written down: all flags, what they led to, and the versions of what computed it."""
     import torch
 
@@ -196,9 +205,11 @@ def describe(args, parts, folder):
     versions = dict(torch=torch.__version__, vllm=VLLM_VERSION, transformers=importlib.metadata.version("transformers"),
                     math_verify=importlib.metadata.version("math-verify"), python=sys.version.split()[0])
     flags = {name: value for name, value in vars(args).items() if name not in ("compare", "rejudge")}
-    return flags | dict(out=str(args.out), weights=weights.hexdigest()[:16], versions=versions, commit=commit(), base=of_run(args.model, "model") or args.model, parts={
-        part.name: dict(k=part.k, temperature=part.temperature, template=part.template, style=part.style, skipped=part.skipped,
-                        problems=data.content(part.problems)) for part in parts})
+    described = {part.name: dict(n=len(part.problems), k=part.k, temperature=part.temperature, template=part.template, style=part.style,
+                                 skipped=part.skipped, problems=data.content(part.problems),
+                                 prompts=hashlib.sha256(json.dumps([p["prompt_ids"] for p in part.problems]).encode()).hexdigest()[:16]) for part in parts}
+    return flags | dict(out=str(args.out), weights=weights.hexdigest()[:16], versions=versions, commit=commit(), longest_sequence=length,
+                        base=of_run(args.model, "model") or args.model, parts=described)
 
 
 def commit():
@@ -214,13 +225,16 @@ def commit():
 def begin(out, settings):
     """Make the output folder, or go on with what is there. Returns the rows of samples.jsonl. Raises ConfigError for other settings."""
     os.makedirs(out, exist_ok=True)
-    path, found = out / "settings.json", {}
+    faults.hold(out)
+    check_free(out)  # again: another evaluation may have ended here in the meantime
+    path = out / "settings.json"
     if path.exists():
-        found = json.loads(path.read_text())
-        for name in settings:
-            if name not in MACHINE and found.get(name) != json.loads(json.dumps(settings[name])):
-                raise ConfigError(f"{out} holds an unfinished evaluation with another {name} ({found.get(name)}, now {settings[name]}): "
-                                  "say the same to go on with it, or choose another --out")
+        def flat(values):
+            return values | {f"{key} of {part}": value for part, inner in values.get("parts", {}).items() for key, value in inner.items()} | {"parts": 0}
+        now, found = flat(json.loads(json.dumps(settings))), flat(json.loads(path.read_text()))
+        if differ := [name for name in now | found if name not in MACHINE and found.get(name) != now.get(name)]:
+            raise ConfigError(f"{out} holds an unfinished evaluation with another {differ[0]} ({found.get(differ[0])}, now {now.get(differ[0])}): "
+                              "say the same to go on with it, or choose another --out")
     path.write_text(json.dumps(settings, indent=1))
     samples = out / "samples.jsonl"
     rows = read_rows(samples) if samples.exists() else []
@@ -245,14 +259,22 @@ def read_rows(path):
     return rows
 
 
+def check_whole(settings, rows):
+    """Raise ConfigError unless the rows are k samples for every problem of every part, each once."""
+    wanted = sum(part["n"] * part["k"] for part in settings["parts"].values())
+    found = {(row["part"], row["id"], row["sample"]) for row in rows}
+    if not len(found) == len(rows) == wanted or any(row["sample"] >= settings["parts"][row["part"]]["k"] for row in rows):
+        raise ConfigError(f"{settings['out']} holds {len(found)} of {wanted} responses ({len(rows)} lines): the evaluation's own command goes on with it")
+
+
 def finish(out, settings, rows):
     """Scores of all rows: the console's table, results.json and the picture."""
     parts = {name: [row for row in rows if row["part"] == name] for name in settings["parts"]}
     scores = {name: score.summarise(some) | settings["parts"][name] for name, some in parts.items()}
     problems = {name: {id: sum(row["reward"] for row in some) / len(some) for id, some in score.by_problem(part).items()} for name, part in parts.items()}
     print("\n".join(score.table(scores)))
-    if settings["preset"]:
-        print("\n".join(score.published(scores, settings["model"], settings["base"] or "")))
+    if settings["preset"] and (lines := score.published(scores, settings["model"], settings["base"] or "")):
+        print("\n".join(lines))
     score.chart(scores, out / "results.png", settings["model"] or "the embedded default")
     aside = out / "results.json.tmp"
     aside.write_text(json.dumps({"scores": scores, "settings": settings, "problems": problems}, indent=1))
@@ -266,15 +288,18 @@ def rejudge(args):
         settings = json.loads((Path(args.rejudge) / "settings.json").read_text())
         rows = read_rows(Path(args.rejudge) / "samples.jsonl")
         styles = {name: args.reward or part["style"] for name, part in settings["parts"].items()}
-        if not rows or any(row["part"] not in styles for row in rows):
-            raise ValueError("samples.jsonl is empty, or not of these settings")
+        check_whole(settings, rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--rejudge {args.rejudge}: no evaluation to judge again ({error})") from None
     before = [row["reward"] for row in rows]
     with Judge(args.reward_workers) as judge:
         for name, style in styles.items():
             some = [row for row in rows if row["part"] == name and not row["truncated"]]
-            for row, verdict in zip(some, judge_rows(judge, some, style).result()):
+            try:
+                verdicts = judge_rows(judge, some, style).result()
+            except RuntimeError as error:  # of one's own reward, or no math-verify
+                raise ConfigError(str(error)) from None
+            for row, verdict in zip(some, verdicts):
                 row.update(verdict._asdict(), judged=final_answer(row["response"], style))
             settings["parts"][name]["style"] = style
     settings |= dict(reward=args.reward or settings["reward"], out=str(args.out), rejudged=args.rejudge, commit=commit(),
@@ -299,7 +324,7 @@ def main(argv=None):
         import torch
         if args.dtype == "auto":
             args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        settings = describe(args, parts, folder) if first else None
+        settings = describe(args, parts, folder, length) if first else None
         rows = begin(args.out, settings) if first else None  # what cannot be written to is known before the evaluation
     except (ValueError, OSError) as error:
         exit_bad_input(error)
@@ -331,7 +356,9 @@ def main(argv=None):
                      {(id, sample) for name, id, sample in done if name == part.name}, functools.partial(write, part.name))
     if first:
         file.close()
-        finish(args.out, settings, read_rows(args.out / "samples.jsonl"))
+        rows = read_rows(args.out / "samples.jsonl")
+        check_whole(settings, rows)
+        finish(args.out, settings, rows)
     dist.destroy_process_group()
 
 

@@ -45,13 +45,7 @@ def prepare(cfg, say):
         say("no evaluations: --replay has no engine")
     parts = {name: held_out if name == "held_out" else load_eval_data(name, cfg.data_dir) for name in names}
     if cfg.reward and not cfg.replay:
-        with Judge(1) as judge:  # once, before the first thousand
-            try:
-                verdict, = judge.submit([("", problems[0]["answer"], cfg.reward)]).result()
-            except RuntimeError as error:
-                raise ValueError(error) from None
-        if verdict.reason not in (None, "wrong"):
-            raise ValueError(f"--reward {cfg.reward} gave no number for an empty response: {verdict.reason}")
+        try_reward(cfg.reward, problems[0]["answer"])
     folder = hub.model_folder(cfg.model) if cfg.model else toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
     if cfg.model:
         hub.check_model(folder, cfg.tp)
@@ -73,6 +67,17 @@ def prepare(cfg, say):
     if os.environ.get("RANK", "0") == "0":  # alone, on its own GPU: to ask for a GPU's name may claim some of its memory
         describe_machine(cfg, folder, int(os.environ.get("WORLD_SIZE", 1)), say)
     return folder, tokenizer, problems, parts
+
+
+def try_reward(function, answer):
+    """Call the user's reward once, before the first thousand. Raises ValueError unless it gives a number for an empty response."""
+    with Judge(1) as judge:
+        try:
+            verdict, = judge.submit([("", answer, function)]).result()
+        except RuntimeError as error:
+            raise ValueError(error) from None
+    if verdict.reason not in (None, "wrong"):
+        raise ValueError(f"--reward {function} gave no number for an empty response: {verdict.reason}")
 
 
 def fit(cfg, folder, tokenizer, problems, parts, say):

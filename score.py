@@ -77,15 +77,19 @@ def by_problem(rows):
 
 
 def summarise(rows):
-    """Scores of k rows for each of n problems, in [0, 1], with lengths (tokens) and the number of unjudged responses by reason."""
+    """Scores of k rows for each of n problems, in [0, 1], with lengths (tokens) and the number of unjudged responses by reason.
+
+    What does not exist is None or empty: a standard error of one problem, pass@k and maj@k of a user's own rewards other than 0 and 1.
+    """
     problems, mean = by_problem(rows), lambda values: sum(values) / len(values)
     means = [mean([row["reward"] for row in some]) for some in problems.values()]
     n, k, score = len(means), len(rows) // len(means), mean(means)
-    variance = sum((m - score) ** 2 for m in means) / (n - 1) if n > 1 else 0.0
+    error = math.sqrt(sum((m - score) ** 2 for m in means) / (n - 1) / n) if n > 1 else None
+    verdicts = all(row["reward"] in (0, 1) for row in rows)
     right = [sum(row["reward"] == 1 for row in some) for some in problems.values()]
-    return {"pass@1": score, "standard_error": math.sqrt(variance / n), "n": n, "k": k,
-            "pass@k": {str(2 ** i): mean([pass_at_k(k, r, 2 ** i) for r in right]) for i in range(k.bit_length())},
-            "maj@k": mean([majority(some) for some in problems.values()]),
+    return {"pass@1": score, "standard_error": error, "n": n, "k": k,
+            "pass@k": {str(2 ** i): mean([pass_at_k(k, r, 2 ** i) for r in right]) for i in range(k.bit_length() if verdicts else 0)},
+            "maj@k": mean([majority(some) for some in problems.values()]) if verdicts else None,
             "length_mean": mean([row["length"] for row in rows]), "truncated_share": mean([row["truncated"] for row in rows]),
             "reflection_rate": mean([reflects(row["response"]) for row in rows]),
             "unjudged_share": mean([row["reason"] not in (None, "wrong", "truncated") for row in rows]),
@@ -97,13 +101,14 @@ def table(scores):
     width = max(map(len, [*scores, "benchmark"]))
     lines = [f"{'benchmark':<{width}} {'n':>4} {'k':>3} {'pass@1':>7} {'± s.e.':>7} {'maj@k':>7} {'tokens':>8} {'truncated':>9} "
              f"{'reflect':>8} unjudged"]
+    percent = lambda value: "-" if value is None else f"{100 * value:.2f}"  # noqa: E731
     for name, s in scores.items():
         reasons = ", ".join(f"{reason} {count}" for reason, count in s["unjudged"].items())
-        lines.append(f"{name:<{width}} {s['n']:>4} {s['k']:>3} {100 * s['pass@1']:>7.2f} {100 * s['standard_error']:>7.2f} "
-                     f"{100 * s['maj@k']:>7.2f} {s['length_mean']:>8.1f} {100 * s['truncated_share']:>8.2f}% {100 * s['reflection_rate']:>7.2f}% "
+        lines.append(f"{name:<{width}} {s['n']:>4} {s['k']:>3} {percent(s['pass@1']):>7} {percent(s['standard_error']):>7} "
+                     f"{percent(s['maj@k']):>7} {s['length_mean']:>8.1f} {100 * s['truncated_share']:>8.2f}% {100 * s['reflection_rate']:>7.2f}% "
                      f"{reasons or '-'}")
     return lines + [f"{name:<{width}} " + "  ".join(f"pass@{k} {100 * value:.2f}" for k, value in s["pass@k"].items())
-                    for name, s in scores.items() if s["k"] > 1]
+                    for name, s in scores.items() if s["k"] > 1 and s["pass@k"]]
 
 
 def published(scores, model, base):
@@ -140,8 +145,7 @@ def compare(first, second, resamples=10_000):
         path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
         try:
             files.append(json.loads(path.read_text()))
-            problems = files[-1]["problems"]
-            settings = files[-1]["settings"]
+            problems, _ = files[-1]["problems"], files[-1]["settings"].items()
             if not all(isinstance(score, (int, float)) for part in problems.values() for score in part.values()):
                 raise ValueError("a score is no number")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -151,9 +155,18 @@ def compare(first, second, resamples=10_000):
     if not names:
         raise ValueError(f"nothing to compare: {first} is on {', '.join(a['problems'])}, {second} on {', '.join(b['problems'])}")
     lines, width = [], max(map(len, [*names, "benchmark", "mean"]))
-    for name in sorted(settings.keys() | a["settings"].keys()):
-        if name in ("k", "temperature", "max_response", "template", "reward", "seed") and a["settings"].get(name) != b["settings"].get(name):
-            lines.append(f"they differ in {name} too: {a['settings'].get(name)} and {b['settings'].get(name)}")
+    def differ(what, one, other, names):
+        for name in names:
+            if one.get(name) != other.get(name):
+                lines.append(f"they differ in {what}{name} too: {one.get(name)} and {other.get(name)}")
+
+    differ("", a["settings"], b["settings"], ("max_response", "seed", "dtype"))
+    differ("the version of ", *(one["settings"].get("versions", {}) for one in files), ("vllm", "math_verify"))
+    for name in names:
+        one, other = (file["settings"].get("parts", {}).get(name, {}) for file in files)
+        differ(f"{name}'s ", one, other, ("k", "temperature", "template", "style"))
+        if one.get("problems") != other.get("problems") and not (one["skipped"] or other["skipped"]):
+            raise ValueError(f"nothing to compare: {name} is other problems in {first} than in {second}")
     lines.append(f"{'benchmark':<{width}} {'n':>4} {'first':>7} {'second':>7} {'difference':>10} {'95 % interval':>17}")
     rng, rows = np.random.default_rng(0), []
     for name in names:
@@ -171,7 +184,7 @@ def compare(first, second, resamples=10_000):
         rows.append(("mean", sum(row[1] for row in rows), *(sum(row[i] for row in rows) / len(rows) for i in range(2, 6))))
     for name, n, x, y, difference, means in rows:
         low, high = np.percentile(means, [2.5, 97.5])
-        verdict = "" if low > 0 or high < 0 else "  may be chance"
+        verdict = "" if low > 0 or high < 0 else "  may be chance" if low < high else "  the same"
         lines.append(f"{name:<{width}} {n:>4} {x:>7.2f} {y:>7.2f} {difference:>+10.2f} {f'[{low:+.2f}, {high:+.2f}]':>17}{verdict}")
     return lines
 
@@ -183,10 +196,11 @@ def chart(scores, path, title):
     figure = Figure(figsize=(1.5 + 1.3 * len(scores), 4), layout="constrained")
     axis = figure.subplots()
     heights = [100 * s["pass@1"] for s in scores.values()]
+    errors = [100 * (s["standard_error"] or 0) for s in scores.values()]
     bars = axis.bar([f"{name}\nn = {s['n']}, k = {s['k']}" for name, s in scores.items()], heights, width=0.6, color="#0072B2", alpha=0.85,
-                    yerr=[100 * s["standard_error"] for s in scores.values()], capsize=4)
+                    yerr=errors, capsize=4)
     axis.bar_label(bars, [f"{height:.1f}" for height in heights], label_type="center", color="white")
-    axis.set(ylabel="pass@1 (%), ± standard error", ylim=(0, max(1, 1.15 * max(h + 100 * s["standard_error"] for h, s in zip(heights, scores.values())))))
+    axis.set(ylabel="pass@1 (%), ± standard error", ylim=(0, max(1, 1.15 * max(map(sum, zip(heights, errors))))))
     axis.set_title(title, loc="left", fontsize=10)
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)

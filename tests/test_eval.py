@@ -3,6 +3,7 @@
 The generator stands in the engine's place in a real process of eval.py: prompts, judging, files and scores are the real ones.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -77,12 +78,17 @@ def generate(tmp_path, hundred, small_model):
     script.write_text(f"ROOT = {str(ROOT)!r}\n" + GENERATOR)
     log = tmp_path / "log"
 
-    def run(flags, shares, **environment):
+    def run(flags, shares, wait=True, **environment):
         problems = data.load_problems(hundred)
         (tmp_path / "answers.json").write_text(json.dumps({f"{p['problem'].partition('.')[0]}.": [p["answer"], s] for p, s in zip(problems, shares)}))
         log.write_text("")
-        return subprocess.run([sys.executable, str(script), "--model", str(small_model), *map(str, flags)], capture_output=True, text=True, timeout=200,
-                              cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "ANSWERS": str(tmp_path / "answers.json"), "LOG": str(log), **environment})
+        process = subprocess.Popen([sys.executable, str(script), "--model", str(small_model), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "ANSWERS": str(tmp_path / "answers.json"),
+                                                                 "LOG": str(log), **environment})
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=200)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
     run.requests = lambda: [json.loads(line) for line in log.read_text().splitlines()]
     return run
 
@@ -149,6 +155,8 @@ def test_an_interrupted_evaluation_goes_on(generate, hundred, tmp_path):
     assert rows.count("\n") == 80 and (whole / "samples.jsonl").read_text().startswith(rows)  # the second chunk was being judged
     with open(broken / "samples.jsonl", "a") as file:
         file.write('{"part": "x", "id": "p1", "resp')
+    partial = command("eval.py", "--rejudge", broken)
+    assert partial.returncode == 2 and "holds 80 of 300 responses" in partial.stderr and not (broken / "rejudged").exists()
     other = generate([*flags, "--k", 4, "--out", broken], shares)
     assert other.returncode == 2 and other.stderr.startswith("error: ") and "another k (3, now 4)" in other.stderr and other.stderr.count("\n") == 1
     resumed = generate([*flags, "--out", broken, "--reward_workers", 1], shares, CHUNK="80")
@@ -172,6 +180,36 @@ def test_an_interrupted_evaluation_goes_on(generate, hundred, tmp_path):
     done = command("eval.py", "--rejudge", broken, "--reward", "mine:short", "--out", tmp_path / "own", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0
     assert all(row["reward"] == (len(row["response"]) < 20 and not row["truncated"]) for row in results(tmp_path / "own")[1])
+
+
+def test_a_changed_template_is_another_evaluation(generate, hundred, tmp_path):
+    """The file's name is the same, the prompts are not."""
+    template = tmp_path / "template.txt"
+    template.write_text("{problem} <think>")
+    flags = ["--benchmarks", hundred, "--template", template, "--out", tmp_path / "out"]
+    assert generate(flags, known(37), CHUNK="40", STOP="90").returncode == -9
+    template.write_text("{problem} Now: <think>")
+    done = generate(flags, known(37))
+    assert done.returncode == 2 and f"another prompts of {hundred}" in done.stderr
+
+
+def test_two_evaluations_do_not_write_to_one_folder(generate, hundred, tmp_path):
+    """The second waits for the first; when that has ended with results, it says so."""
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = generate(["--benchmarks", hundred, "--out", tmp_path / "out"], known(37), wait=False)
+        line = next(line for line in second.stdout if "waiting up to" in line)
+        assert "in use by" in line and not (tmp_path / "out" / "settings.json").exists()
+        (tmp_path / "out" / "results.json").write_text("{}")
+    _, error = second.communicate(timeout=100)
+    assert second.returncode == 2 and "already holds results" in error
+
+
+def test_a_reward_that_fails_is_tried_first(tmp_path):
+    (tmp_path / "bad.py").write_text("def reward(response, answer):\n    return 1 / 0\n")
+    done = command("eval.py", "--reward", "bad:reward", "--out", tmp_path / "out", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and "ZeroDivisionError" in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_the_papers_protocol(generate, hundred, small_model, tmp_path):
@@ -201,6 +239,7 @@ def test_the_papers_protocol(generate, hundred, small_model, tmp_path):
 
 @pytest.mark.parametrize("flags, why", [
     (["--k", "0"], "--k is 0"), (["--temperature", "nan"], "--temperature is nan"), (["--temperature", "100"], "below 100"), (["--nonsense"], "see --help"),
+    (["--benchmarks", ""], "unknown benchmark ''"), (["--benchmarks", "toy, aime25"], "unknown benchmark 'aime25'"),
     (["--benchmarks", "aime25"], "unknown benchmark 'aime25'"), (["--benchmarks", "absent.jsonl"], "cannot be read"), (["--model", "/nowhere/m"], "no such folder"),
     (["--template", "absent"], "unknown template"), (["--reward", "absent:f"], "No module named"), (["--rejudge", "nowhere"], "no evaluation to judge again"),
     (["--compare", "a.json", "b.json"], "no results.json"), (["--preset", "papers"], "invalid choice"), (["--max_prompt", "2"], "none of 128 prompts")])

@@ -63,9 +63,10 @@ def test_powers_of_two(k, powers):
 
 
 def test_rewards_that_are_no_verdicts():
-    """A user's own reward: pass@1 is its mean, pass@k and maj@k count 1 as right."""
-    summary = summarise([row("a", 0.5, "1"), row("a", 0.5, "1"), row("b", 1, "2"), row("b", -1, "3")])
-    assert summary["pass@1"] == 0.25 and summary["pass@k"] == {"1": 0.25, "2": 0.5} and summary["maj@k"] == 0.25
+    """A user's own reward: pass@1 is its mean, pass@k and maj@k do not exist."""
+    summary = summarise([row("a", 0.5, "1"), row("a", 0.5, "1"), row("b", 1, "2"), row("b", -0.5, "3")])
+    assert summary["pass@1"] == 0.375 and summary["pass@k"] == {} and summary["maj@k"] is None
+    assert table({"mine": summary})[1].split()[:7] == ["mine", "2", "2", "37.50", "12.50", "-", "4.0"] and len(table({"mine": summary})) == 2
 
 
 def test_the_table_shows_n_and_every_reason():
@@ -73,7 +74,7 @@ def test_the_table_shows_n_and_every_reason():
               "amc T=0.1": summarise([row("a", 1, "1"), row("a", 0, None, "no_box"), row("a", 0, None, "timeout"), row("a", 0, None, "no_box")])}
     lines = table(scores)
     assert lines[1].split()[:4] == ["aime24", "30", "1", "50.00"] and lines[1].endswith(" -")
-    assert lines[2].split()[2:5] == ["1", "4", "25.00"] and lines[2].endswith("no_box 2, timeout 1")
+    assert lines[2].split()[2:6] == ["1", "4", "25.00", "-"] and lines[2].endswith("no_box 2, timeout 1")
     assert len({line.index("%") for line in lines[1:3]}) == 1 and lines[3] == "amc T=0.1 pass@1 25.00  pass@2 50.00  pass@4 100.00"
 
 
@@ -117,7 +118,8 @@ def test_ours_beside_the_published_rows():
 
 
 def results(path, problems, **settings):
-    path.write_text(json.dumps({"scores": {}, "settings": dict(k=4, temperature=0.6) | settings, "problems": problems}))
+    parts = {name: dict(k=4, temperature=0.6, template="r1", style="think", problems="0", skipped=0) | settings for name in problems}
+    path.write_text(json.dumps({"scores": {}, "settings": {"parts": parts}, "problems": problems}))
     return path
 
 
@@ -129,13 +131,16 @@ def test_comparison_of_noise_and_of_a_difference(tmp_path):
     a = results(tmp_path / "a.json", {"x": base, "y": base, "z": base})
     b = results(tmp_path / "b.json", {"x": noise, "y": better, "w": base}, k=8)
     lines = compare(a, b)
-    assert lines[0] == "they differ in k too: 4 and 8"
-    cells = {line.split()[0]: line for line in lines[2:]}
+    assert lines[:2] == ["they differ in x's k too: 4 and 8", "they differ in y's k too: 4 and 8"]
+    cells = {line.split()[0]: line for line in lines[3:]}
     assert list(cells) == ["x", "y", "mean"] and "may be chance" in cells["x"] and "may be chance" not in cells["y"]
     difference = [better[id] - base[id] for id in base]
     low, high = (float(x) for x in cells["y"].partition("[")[2].partition("]")[0].split(","))
     half = 1.96 * 100 * statistics.stdev(difference) / math.sqrt(200)
     assert (low + high) / 2 == pytest.approx(100 * statistics.mean(difference), abs=0.3) and (high - low) / 2 == pytest.approx(half, rel=0.1)
+    other = results(tmp_path / "c.json", {"x": base}, template="qwen-math", style="boxed")
+    assert [line for line in compare(a, other) if line.startswith("they")] == [
+        "they differ in x's template too: r1 and qwen-math", "they differ in x's style too: think and boxed"]
     assert compare(a, b) == lines  # drawn with a fixed seed
     assert [line.split()[1:4] for line in compare(a, a)[1:4]] == [["200", f"{100 * statistics.mean(base.values()):.2f}"] + [
         f"{100 * statistics.mean(base.values()):.2f}"]] * 3
@@ -153,7 +158,8 @@ def test_pairs_are_paired(tmp_path):
 @pytest.mark.parametrize("text, why", [
     (None, "FileNotFoundError"), ("{", "JSONDecodeError"), ("[]", "TypeError"), ('{"problems": {}}', "settings"), ("[" * 100_000, "RecursionError"),
     ('{"problems": {"x": {"a": "1"}}, "settings": {}}', "no number"), ('{"problems": {"y": {"a": 1}}, "settings": {}}', "nothing to compare"),
-    ('{"problems": {"x": {"b": 1}}, "settings": {}}', "no problem of x")])
+    ('{"problems": {"x": {"b": 1}}, "settings": {"parts": {"x": {"problems": "0", "skipped": 1, "k": 4}}}}', "no problem of x"),
+    ('{"problems": {"x": {"a": 1}}, "settings": {"parts": {"x": {"problems": "1", "skipped": 0}}}}', "other problems")])
 def test_files_that_cannot_be_compared(tmp_path, text, why):
     good, bad = results(tmp_path / "a.json", {"x": {"a": 1.0}}), tmp_path / "b.json"
     if text is not None:
