@@ -116,6 +116,7 @@ _RULES = [(re.compile(pattern), to) for pattern, to in (
     (r"\\text\{ ?\(?([A-Za-z])\)? ?\}", r"\1"),  # \text{(C)}
     (r"(?<![\\\w])E(?=_)", r"\\text{E}"),  # math-verify reads no E_1
     (r"^ ?\\approx|(?<!\.) ?\.$", ""),
+    (r"^(?!.*\\[pm][pm].*\\[pm][pm])([^,]*)\\(?:pm|mp)(?![a-zA-Z])([^,]*)$", r"\1+\2, \1-\2"),  # math-verify reads none in a \frac
 )]
 
 

@@ -153,6 +153,11 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{28}", ["27", "28.0"], "boxed", None), (r"\boxed{27}", ["27", "28.0"], "boxed", None),
     (r"\boxed{29}", ["27", "28.0"], "boxed", "wrong"), (r"\boxed{27, 28}", ["27", "28.0"], "boxed", "wrong"),
     (r"\boxed{29}", [], "boxed", "wrong"),
+    # plus or minus, wherever it stands
+    (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}", "boxed", None),
+    (r"\boxed{x=\frac{1\pm\sqrt5}{2}}", r"\frac{1\pm\sqrt{5}}{2}", "boxed", None),
+    (r"\boxed{\frac{6\pm4\sqrt2}{2}}", r"3 \pm 2 \sqrt{2}", "boxed", None),
+    (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}", "boxed", "wrong"),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
