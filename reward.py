@@ -75,7 +75,10 @@ def final_answer(response: str, style: str) -> str | None:
 # -- one notation for an answer ---------------------------------------------------------------------------------------
 
 _SHORT_UNITS = r"m/s|[mckn]m|[mk]g|ft|in|mi|yd|lbs?|oz|hrs?|min|sec|mph|m[lL]|[kMG]?Hz|[kM]?eV|sq|deg"
-_UNIT = r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\}| ?(?:or|and|if|not|is|to)\b)[^{}]*\}(?: ?\^ ?(?:\{[^{}]*\}|\d))?"
+_TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"  # \text{m s^{-1}}
+# what may be left out after a number: no second answer (", 6", "but maybe 6"), only exponents have digits
+_UNIT = (r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\}|[^{}]*\b(?:or|and|if|not|is|but|maybe|through|to)(?![a-zA-Z]))"
+         r"(?:[^{}\d,;=]|\^ ?\{?-?\d+\}?|(?<=[a-z])[23](?!\d))*\}(?: ?\^ ?(?:\{[^{}]*\}|\d))?")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -84,7 +87,7 @@ def _word(match: re.Match) -> str:  # letters in a row: a word, or a unit after 
 
 
 def _unit(match: re.Match) -> str:  # "2 cm" is 2, but "no solution" is not "no"
-    return match[0] if re.search(r"\\text\{[^{}]*\}$", match.string[:match.start()]) else ""
+    return match[0] if re.search(_TEXT + "$", match.string[:match.start()]) else ""
 
 
 _RULES = [(re.compile(pattern), to) for pattern, to in (
@@ -107,15 +110,17 @@ _RULES = [(re.compile(pattern), to) for pattern, to in (
     (r"(?<![\w.^{}\\])(\d+) (?=\d)", r"\1 \\text{space} "),  # and 2 3
     (r"(?<!\\)%|\\text\{ ?percent ?\}|(?<=\d) ?percent", r"\\%"),
     # words and units: degrees; bare words; 5 million; what follows a number is its unit, and is left out
-    (r"(?<=[\d}]) ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?[CF](?![a-zA-Z]))?|°|\\degree|(?<=\d) ?\^ ?\{ ?(?:\\prime ?)+\}", ""),
-    (r"(?P<other>\\text\{[^{}]*\}|\\(?:begin|end|operatorname|math\w+) ?\{[^{}]*\}|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{4,}"
+    (r"(?<=[\d}]) ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?[CF](?![a-zA-Z]))?|°|\\degree|(?<=\d) ?\^ ?\{ ?(?:\\prime ?|\\text\{ ?(?:st|nd|rd|th) ?\}|th)+\}", ""),
+    (r"((?<![_^])\d|10\^\{-?\d+\}) ?(?:\\mu(?= ?\\text)|(?:\\text\{ ?[kM] ?\} ?|[kM]|\\mu ?)?(?:\\Omega|\\AA|\\mathring ?\{A\}|[LM]_ ?(?:\\odot|\{ ?\\odot ?\}))"
+     r"(?= ?(?:$|[,;)\]])))", r"\1 \\text{unit}"),
+    (rf"(?P<other>{_TEXT}|\\(?:begin|end|operatorname|math\w+) ?\{{[^{{}}]*\}}|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{{4,}}"
      rf"|(?<=[\d}}])(?<!\\[a-zA-Z]) ?(?:{_SHORT_UNITS})(?![a-zA-Z])", _word),
     (rf" ?\\text\{{ ?({'|'.join(_SCALES)})(?![a-z])", lambda match: rf" \times 10^{{{_SCALES[match[1]]}}} \text{{"),
     (r"\\text\{ ?\}", ""),
     (rf"(?:(?<=[\d)}}])|(?<=\\pi))(?:{_UNIT})+(?= ?(?:$|[,;)\]]|\\\}}))", _unit),
     (r"\\text\{ ?\(?([A-Za-z])\)? ?\}", r"\1"),  # \text{(C)}
     (r"(?<![\\\w])E(?=_)", r"\\text{E}"),  # math-verify reads no E_1
-    (r"^ ?\\approx|(?<!\.) ?\.$", ""),
+    (r"^ ?\\(?:approx|sim)(?![a-zA-Z])|(?<!\.) ?\.$", ""),
     (r"^(?!.*\\[pm][pm].*\\[pm][pm])([^,]*)\\(?:pm|mp)(?![a-zA-Z])([^,]*)$", r"\1+\2, \1-\2"),  # math-verify reads none in a \frac
 )]
 

@@ -158,6 +158,20 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{x=\frac{1\pm\sqrt5}{2}}", r"\frac{1\pm\sqrt{5}}{2}", "boxed", None),
     (r"\boxed{\frac{6\pm4\sqrt2}{2}}", r"3 \pm 2 \sqrt{2}", "boxed", None),
     (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}", "boxed", "wrong"),
+    # units with exponents and symbols
+    (r"\boxed{3.0\times10^8\,\mathrm{m\,s^{-1}}}", r"3e8", "boxed", None),
+    (r"\boxed{2.7\times10^{43}\ \mathrm{erg\ s^{-1}}}", r"2.7e43", "boxed", None),
+    (r"\boxed{5\ \Omega}", r"5", "boxed", None), (r"\boxed{5\,\text{k}\Omega}", r"5", "boxed", None),
+    (r"\boxed{2.5\,\mu\text{m}}", r"2.5", "boxed", None), (r"\boxed{4\,\mu\mathrm{m}}", r"4", "boxed", None),
+    (r"\boxed{9.5\,M_\odot}", r"9.5", "boxed", None), (r"\boxed{1\ M_{\odot}}", r"1", "boxed", None),
+    (r"\boxed{1.5\,\AA}", r"1.5", "boxed", None), (r"\boxed{1.54\ \mathring{A}}", r"1.54", "boxed", None),
+    (r"\boxed{\sim 9.5}", r"9.5", "boxed", None), (r"\boxed{5^{\text{th}}}", r"5", "boxed", None),
+    (r"\boxed{x^2\Omega}", r"x^2", "boxed", "wrong"),
+    # a unit hides no second answer
+    (r"\boxed{5\text{, 6}}", r"5", "boxed", "wrong"), (r"\boxed{5\text{ apples or 6}}", r"5", "boxed", "wrong"),
+    (r"\boxed{5\text{ but maybe 6}}", r"5", "boxed", "wrong"), (r"\boxed{5\text{ through 100}}", r"5", "boxed", "wrong"),
+    (r"\boxed{5\text{ [6] }}", r"5", "boxed", "wrong"), (r"\boxed{27\text{ m/s2}}", r"27", "boxed", None),
+    (r"\boxed{27\text{ (square units)}}", r"27", "boxed", None),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
