@@ -109,6 +109,8 @@ _RULES = [(re.compile(pattern), to) for pattern, to in (
     (r"(?<![\w.^{}\\])(\d+) (\d+) ?/ ?(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\w.^{}\\])(\d+) (?=\d)", r"\1 \\text{space} "),  # and 2 3
     (r"(?<!\\)%|\\text\{ ?percent ?\}|(?<=\d) ?percent", r"\\%"),
+    (r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}", lambda match:  # 0.1\overline{6}
+     rf"\frac{{{int(match[1] + match[2] + match[3]) - int('0' + match[1] + match[2])}}}{{{'9' * len(match[3]) + '0' * len(match[2])}}}"),
     # words and units: degrees; bare words; 5 million; what follows a number is its unit, and is left out
     (r"(?<=[\d}]) ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?[CF](?![a-zA-Z]))?|°|\\degree|(?<=\d) ?\^ ?\{ ?(?:\\prime ?|\\text\{ ?(?:st|nd|rd|th) ?\}|th)+\}", ""),
     (r"((?<![_^])\d|10\^\{-?\d+\}) ?(?:\\mu(?= ?\\text)|(?:\\text\{ ?[kM] ?\} ?|[kM]|\\mu ?)?(?:\\Omega|\\AA|\\mathring ?\{A\}|[LM]_ ?(?:\\odot|\{ ?\\odot ?\}))"

@@ -172,6 +172,11 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{5\text{ but maybe 6}}", r"5", "boxed", "wrong"), (r"\boxed{5\text{ through 100}}", r"5", "boxed", "wrong"),
     (r"\boxed{5\text{ [6] }}", r"5", "boxed", "wrong"), (r"\boxed{27\text{ m/s2}}", r"27", "boxed", None),
     (r"\boxed{27\text{ (square units)}}", r"27", "boxed", None),
+    # repeating decimals
+    (r"\boxed{0.\overline{3}}", r"\frac13", "boxed", None), (r"\boxed{\frac{4}{11}}", r"0.\overline{36}", "boxed", None),
+    (r"\boxed{2.\overline{4}}", r"\frac{22}{9}", "boxed", None), (r"\boxed{\frac16}", r"0.1\overline{6}", "boxed", None),
+    (r"\boxed{-.1\overline{6}}", r"-\frac16", "boxed", None), (r"\boxed{0.\overline{3}}", r"0.3", "boxed", "wrong"),
+    (r"\boxed{0.1\overline{6}}", r"0.\overline{16}", "boxed", "wrong"),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
