@@ -79,6 +79,7 @@ _TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"  # \text{m s^{-1}}
 # what may be left out after a number: no second answer (", 6", "but maybe 6"), only exponents have digits
 _UNIT = (r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\}|[^{}]*\b(?:or|and|if|not|is|but|maybe|through|to)(?![a-zA-Z]))"
          r"(?:[^{}\d,;=]|\^ ?\{?-?\d+\}?|(?<=[a-z])[23](?!\d))*\}(?: ?\^ ?(?:\{[^{}]*\}|\d))?")
+_BASES = "two three four five six seven eight nine ten".split()
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -121,6 +122,7 @@ _RULES = [(re.compile(pattern), to) for pattern, to in (
     (r"\\text\{ ?\}", ""),
     (rf"(?:(?<=[\d)}}])|(?<=\\pi))(?:{_UNIT})+(?= ?(?:$|[,;)\]]|\\\}}))", _unit),
     (r"\\text\{ ?\(?([A-Za-z])\)? ?\}", r"\1"),  # \text{(C)}
+    (rf"_ ?\{{ ?(?:\\text\{{ ?)?({'|'.join(_BASES)}) ?\}}?\}}", lambda match: f"_{{{_BASES.index(match[1]) + 2}}}"),
     (r"(?<![\\\w])E(?=_)", r"\\text{E}"),  # math-verify reads no E_1
     (r"^ ?\\(?:approx|sim)(?![a-zA-Z])|(?<!\.) ?\.$", ""),
     (r"^(?!.*\\[pm][pm].*\\[pm][pm])([^,]*)\\(?:pm|mp)(?![a-zA-Z])([^,]*)$", r"\1+\2, \1-\2"),  # math-verify reads none in a \frac
@@ -502,8 +504,8 @@ def _grader():
         parsed = False
         for gold in golds:
             both = plain(gold) + " ; " + plain(box)
-            bases = [set(re.findall(r"\d_\{?(\d+)", plain(text))) for text in (gold, box)]
-            if all(bases) and bases[0] != bases[1]:  # 52_8 is not 52_7; math-verify ignores the base
+            bases = [set(re.findall(r"\d_ ?\{? ?(?:\\text\{ ?)?(\w+)", plain(text))) for text in (gold, box)]
+            if bases[1] not in (set(), bases[0] or {"10"}):  # 52_8 is not 52_7, and not 52; math-verify ignores the base
                 parsed = True
                 continue
             letters = [set(re.sub(r"\\[a-zA-Z]+(\{[a-zA-Z ]*\})?", "", text)) for text in (plain(gold), plain(box))]

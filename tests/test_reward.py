@@ -177,6 +177,10 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{2.\overline{4}}", r"\frac{22}{9}", "boxed", None), (r"\boxed{\frac16}", r"0.1\overline{6}", "boxed", None),
     (r"\boxed{-.1\overline{6}}", r"-\frac16", "boxed", None), (r"\boxed{0.\overline{3}}", r"0.3", "boxed", "wrong"),
     (r"\boxed{0.1\overline{6}}", r"0.\overline{16}", "boxed", "wrong"),
+    # the base of a number
+    (r"\boxed{52_7}", r"52", "boxed", "wrong"), (r"\boxed{52_{10}}", r"52", "boxed", None),
+    (r"\boxed{52_{10}}", r"52_8", "boxed", "wrong"), (r"\boxed{4343_{\text{seven}}}", r"4343_6", "boxed", "wrong"),
+    (r"\boxed{4343_{\text{six}}}", r"4343_6", "boxed", None), (r"\boxed{4343}", r"4343_6", "boxed", None),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
@@ -314,7 +318,6 @@ No solution | \text{no solution}
 \text{SRAC} = \text{LRAC} | SRAC=LRAC
 52_8 | 52_{8}
 52 | 52_8
-52_{8} | 52
 \frac{1}{3} | 0.333333
 0.166667 | \frac{1}{6}
 5 \text{ million} | 5000000
@@ -449,6 +452,7 @@ x \le 5 | x<5
 2 3 | 5
 2 3 | 6
 2(3) | 5
+52_{8} | 52
 52_7 | 52_8
 52_7 | 52_{8}
 4210_6 | 4210_{5}
