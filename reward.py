@@ -397,6 +397,7 @@ def _grader():
     from math_verify import verify
     from math_verify.grader import should_treat_as_complex
     from sympy.core.function import AppliedUndef
+    from sympy.logic.boolalg import Boolean
     from sympy.parsing import sympy_parser
 
     def refuse(*_):
@@ -436,6 +437,11 @@ def _grader():
             return [x.start, x.end]
         return getattr(x, "_unsorted_args", x.args) if isinstance(x, (sympy.FiniteSet, sympy.Tuple)) else None
 
+    def union(x):  # x < 2 or x > 3: where no number is both, the comma that plain() puts cannot mean "and"
+        if isinstance(x, sympy.FiniteSet) and len(x.free_symbols) == 1 and all(isinstance(y, Boolean) for y in x.args):
+            return sympy.Union(*(y.as_set() for y in x.args))
+        return x
+
     def match(golds, boxes) -> bool:  # in any order
         if not golds:
             return True
@@ -444,6 +450,8 @@ def _grader():
 
     def same(gold, box) -> bool:
         """Takes apart what has parts, so that the rules for numbers and equations hold within lists, too."""
+        if isinstance(gold, sympy.Union) != isinstance(box, sympy.Union):
+            gold, box = union(gold), union(box)
         (*gold_left, gold_last), (*box_left, box_last) = chain(gold), chain(box)
         if not all(is_formula(part) or same(box_last, part) for part in box_left[bool(gold_left):]):
             return False  # 1 = 2 = 5

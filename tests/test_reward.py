@@ -181,6 +181,12 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{52_7}", r"52", "boxed", "wrong"), (r"\boxed{52_{10}}", r"52", "boxed", None),
     (r"\boxed{52_{10}}", r"52_8", "boxed", "wrong"), (r"\boxed{4343_{\text{seven}}}", r"4343_6", "boxed", "wrong"),
     (r"\boxed{4343_{\text{six}}}", r"4343_6", "boxed", None), (r"\boxed{4343}", r"4343_6", "boxed", None),
+    # a union in words
+    (r"\boxed{x<2\text{ or }x>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", None),
+    (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"x<2 or x>3", "boxed", None),
+    (r"\boxed{x<2\text{ or }x \ge 3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+    (r"\boxed{x<2\text{ or }y>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+    (r"\boxed{x<2}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
