@@ -508,6 +508,11 @@ def _grader():
         except (TypeError, ValueError, AttributeError, ArithmeticError):
             return None
 
+    def agree(text: str, how) -> bool:  # what \approx stands between: 1/3 and 0.33, not 5 and 6; math-verify reads the first
+        parts = [chain(part)[-1].xreplace({percent: percent.args[0]}) for part in (read(part, *how) for part in plain(text).split(r"\approx")) if part is not None]
+        parts = [part for part in parts if not is_formula(part)]
+        return all((apart := distance(parts[0], part)) is not None and apart < 0.01 for part in parts[1:])
+
     def judge(box: str, golds: list[str]) -> Verdict:
         parsed = False
         for gold in golds:
@@ -521,7 +526,7 @@ def _grader():
             how = not should_treat_as_complex(both), not any(x.isupper() and x.lower() in them for them in letters for x in them)
             mine, its = read(box, *how), read(gold, *how)
             parsed = parsed or mine is not None
-            if mine is not None and its is not None and same(its, mine):
+            if mine is not None and its is not None and same(its, mine) and agree(box, how):
                 return Verdict(1.0, None)
         return Verdict(0.0, "wrong" if parsed or not golds else "parse_failure")
 

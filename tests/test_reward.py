@@ -187,6 +187,10 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{x<2\text{ or }x \ge 3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
     (r"\boxed{x<2\text{ or }y>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
     (r"\boxed{x<2}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+    # about
+    (r"\boxed{5 \approx 6}", r"5", "boxed", "wrong"),
+    (r"\boxed{\frac{270}{7} \approx 38.57}", r"\frac{270}7", "boxed", None),
+    (r"\boxed{x = \frac13 \approx 0.33}", r"\frac13", "boxed", None), (r"\boxed{x \approx 5}", r"5", "boxed", None),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
