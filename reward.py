@@ -94,9 +94,10 @@ def _unit(match: re.Match) -> str:  # "2 cm" is 2, but "no solution" is not "no"
 _RULES = [(re.compile(pattern), to) for pattern, to in (
     # typography: thousands, what only looks, a final stop, spaces, one \frac, one \text, "and" and "or"
     (r"(?<=\d)(?:\{,\}| ?, ?\\! ?|\\,)(?=\d{3}(?!\d))", ""),  # 32,\!348
-    (r"\\?\$|\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])\.?|(?<=\{) |(?<!\\) (?=\})", ""),
+    (r"\\?\$|\\!|\\(?:left|right|displaystyle|boldsymbol|bold|bm|underline|fbox|[lL]arge|LARGE|[hH]uge|(?:text)?color ?\{[a-z]+\})(?![a-zA-Z])\.?|(?<=\{) |(?<!\\) (?=\})", ""),
     (r"(?<!\.) ?\.$", ""),
-    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
+    (r"^ ?\{([^{}]*)\}$", r"\1"),
+    (r"(?<!\\)\\(?:[,;: ]|$)|~|\\q?quad(?![a-zA-Z])", " "),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:mbox|math(?:rm|bf|it)|text(?:rm|bf|it|normal)?) ?\{", r"\\text{"),
     (r"\\text\{ ?((?:[-+]?\.?\d|[A-Za-z] ?=)[^{}]*)\}", r"\1"),  # \text{27 cm}
@@ -114,8 +115,8 @@ _RULES = [(re.compile(pattern), to) for pattern, to in (
      rf"\frac{{{int(match[1] + match[2] + match[3]) - int('0' + match[1] + match[2])}}}{{{'9' * len(match[3]) + '0' * len(match[2])}}}"),
     # words and units: degrees; bare words; 5 million; what follows a number is its unit, and is left out
     (r"(?<=[\d}]) ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?[CF](?![a-zA-Z]))?|°|\\degree|(?<=\d) ?\^ ?\{ ?(?:\\prime ?|\\text\{ ?(?:st|nd|rd|th) ?\}|th)+\}", ""),
-    (r"((?<![_^])\d|10\^\{-?\d+\}) ?(?:\\mu(?= ?\\text)|(?:\\text\{ ?[kM] ?\} ?|[kM]|\\mu ?)?(?:\\Omega|\\AA|\\mathring ?\{A\}|[LM]_ ?(?:\\odot|\{ ?\\odot ?\}))"
-     r"(?= ?(?:$|[,;)\]])))", r"\1 \\text{unit}"),
+    (r"((?<![_^])\d|10\^\{-?\d+\}) ?(?:\\mu(?= ?\\text)|(?:\\text\{ ?[kM] ?\} ?|[kM]|\\mu ?)?(?:\\Omega|\\AA|\\mathring ?\{A\}"
+     r"|[LM]_ ?\{? ?\\odot ?\}?)(?= ?(?:$|[,;)\]])))", r"\1 \\text{unit}"),
     (rf"(?P<other>{_TEXT}|\\(?:begin|end|operatorname|math\w+) ?\{{[^{{}}]*\}}|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{{4,}}"
      rf"|(?<=[\d}}])(?<!\\[a-zA-Z]) ?(?:{_SHORT_UNITS})(?![a-zA-Z])", _word),
     (rf" ?\\text\{{ ?({'|'.join(_SCALES)})(?![a-z])", lambda match: rf" \times 10^{{{_SCALES[match[1]]}}} \text{{"),
@@ -152,7 +153,7 @@ def canonical(text: str) -> str:
     text = re.sub(r"(\.\d*?)0+(?!\d)", r"\1", text)  # 27.0
     text = re.sub(r"(?<=\d)\.(?!\d)", "", text)
     text = re.sub(r" (?![a-zA-Z0-9])|(?<![a-zA-Z0-9]) ", "", text)
-    return text.casefold() if re.fullmatch(r"[a-zA-Z -]{4,}", text) else text
+    return text.casefold() if re.fullmatch(r"[a-zA-Z -]{4,}|[nN]o|[yY]es", text) else text
 
 
 def _look(response: str, answer: str | list[str], style: str) -> Verdict | dict:
@@ -509,9 +510,11 @@ def _grader():
             return None
 
     def agree(text: str, how) -> bool:  # what \approx stands between: 1/3 and 0.33, not 5 and 6; math-verify reads the first
-        parts = [chain(part)[-1].xreplace({percent: percent.args[0]}) for part in (read(part, *how) for part in plain(text).split(r"\approx")) if part is not None]
-        parts = [part for part in parts if not is_formula(part)]
-        return all((apart := distance(parts[0], part)) is not None and apart < 0.01 for part in parts[1:])
+        parts = [read(part, *how) for part in plain(text).split(r"\approx")]
+        if len(parts) == 1 or None in parts:
+            return len(parts) == 1
+        values = [value for part in parts if not is_formula(value := chain(part)[-1].xreplace({percent: percent.args[0]}))]
+        return all((apart := distance(values[0], value)) is not None and apart < 0.01 for value in values[1:])
 
     def judge(box: str, golds: list[str]) -> Verdict:
         parsed = False

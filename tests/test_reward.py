@@ -191,6 +191,12 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{5 \approx 6}", r"5", "boxed", "wrong"),
     (r"\boxed{\frac{270}{7} \approx 38.57}", r"\frac{270}7", "boxed", None),
     (r"\boxed{x = \frac13 \approx 0.33}", r"\frac13", "boxed", None), (r"\boxed{x \approx 5}", r"5", "boxed", None),
+    # what only looks
+    (r"\boxed{\boldsymbol{204}}", r"204", "boxed", None), (r"\boxed{\underline{204}}", r"204", "boxed", None),
+    (r"\boxed{\fbox{5}}", r"5", "boxed", None), (r"\boxed{\color{red}{5}}", r"5", "boxed", None),
+    (r"\boxed{\Large 5}", r"5", "boxed", None), (r"\boxed{5\ }", r"5", "boxed", None),
+    (r"\boxed{\text{no}}", r"No", "boxed", None), (r"\boxed{\text{no}}", r"Yes", "boxed", "wrong"),
+    (r"\boxed{\bold{204}}", r"205", "boxed", "wrong"),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
