@@ -197,6 +197,11 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{\Large 5}", r"5", "boxed", None), (r"\boxed{5\ }", r"5", "boxed", None),
     (r"\boxed{\text{no}}", r"No", "boxed", None), (r"\boxed{\text{no}}", r"Yes", "boxed", "wrong"),
     (r"\boxed{\bold{204}}", r"205", "boxed", "wrong"),
+    # six digits of what is no integer
+    (r"\boxed{3.14159}", r"\pi", "boxed", None), (r"\boxed{333.3333}", r"1000/3", "boxed", None),
+    (r"\boxed{123456.78}", r"123456.7812", "boxed", None), (r"\boxed{3.1415}", r"\pi", "boxed", "wrong"),
+    (r"\boxed{333.33}", r"1000/3", "boxed", "wrong"), (r"\boxed{1000000.5}", r"1000000", "boxed", "wrong"),
+    (r"\boxed{1000001.0}", r"1000000", "boxed", "wrong"),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
