@@ -75,7 +75,11 @@ def final_answer(response: str, style: str) -> str | None:
 # -- one notation for an answer ---------------------------------------------------------------------------------------
 
 _SHORT_UNITS = r"m/s|[mckn]m|[mk]g|ft|in|mi|yd|lbs?|oz|hrs?|min|sec|mph|m[lL]|[kMG]?Hz|[kM]?eV|sq|deg"
-_UNIT = r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\}| ?(?:or|and|if|not|is|to)\b)[^{}]*\}(?: ?\^ ?(?:\{[^{}]*\}|\d))?"
+_TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"  # \text{m s^{-1}}
+# what may be left out after a number: no second answer (", 6", "but maybe 6"), only exponents have digits
+_UNIT = (r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\}|[^{}]*\b(?:or|and|if|not|is|but|maybe|through|to)(?![a-zA-Z]))"
+         r"(?:[^{}\d,;=]|\^ ?\{?-?\d+\}?|(?<=[a-z])[23](?!\d))*\}(?: ?\^ ?(?:\{[^{}]*\}|\d))?")
+_BASES = "two three four five six seven eight nine ten".split()
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -84,15 +88,16 @@ def _word(match: re.Match) -> str:  # letters in a row: a word, or a unit after 
 
 
 def _unit(match: re.Match) -> str:  # "2 cm" is 2, but "no solution" is not "no"
-    return match[0] if re.search(r"\\text\{[^{}]*\}$", match.string[:match.start()]) else ""
+    return match[0] if re.search(_TEXT + "$", match.string[:match.start()]) else ""
 
 
 _RULES = [(re.compile(pattern), to) for pattern, to in (
     # typography: thousands, what only looks, a final stop, spaces, one \frac, one \text, "and" and "or"
     (r"(?<=\d)(?:\{,\}| ?, ?\\! ?|\\,)(?=\d{3}(?!\d))", ""),  # 32,\!348
-    (r"\\?\$|\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])\.?|(?<=\{) |(?<!\\) (?=\})", ""),
+    (r"\\?\$|\\!|\\(?:left|right|displaystyle|boldsymbol|bold|bm|underline|fbox|[lL]arge|LARGE|[hH]uge|(?:text)?color ?\{[a-z]+\})(?![a-zA-Z])\.?|(?<=\{) |(?<!\\) (?=\})", ""),
     (r"(?<!\.) ?\.$", ""),
-    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
+    (r"^ ?\{([^{}]*)\}$", r"\1"),
+    (r"(?<!\\)\\(?:[,;: ]|$)|~|\\q?quad(?![a-zA-Z])", " "),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:mbox|math(?:rm|bf|it)|text(?:rm|bf|it|normal)?) ?\{", r"\\text{"),
     (r"\\text\{ ?((?:[-+]?\.?\d|[A-Za-z] ?=)[^{}]*)\}", r"\1"),  # \text{27 cm}
@@ -106,16 +111,22 @@ _RULES = [(re.compile(pattern), to) for pattern, to in (
     (r"(?<![\w.^{}\\])(\d+) (\d+) ?/ ?(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\w.^{}\\])(\d+) (?=\d)", r"\1 \\text{space} "),  # and 2 3
     (r"(?<!\\)%|\\text\{ ?percent ?\}|(?<=\d) ?percent", r"\\%"),
+    (r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}", lambda match:  # 0.1\overline{6}
+     rf"\frac{{{int(match[1] + match[2] + match[3]) - int('0' + match[1] + match[2])}}}{{{'9' * len(match[3]) + '0' * len(match[2])}}}"),
     # words and units: degrees; bare words; 5 million; what follows a number is its unit, and is left out
-    (r"(?<=[\d}]) ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?[CF](?![a-zA-Z]))?|°|\\degree|(?<=\d) ?\^ ?\{ ?(?:\\prime ?)+\}", ""),
-    (r"(?P<other>\\text\{[^{}]*\}|\\(?:begin|end|operatorname|math\w+) ?\{[^{}]*\}|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{4,}"
+    (r"(?<=[\d}]) ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?[CF](?![a-zA-Z]))?|°|\\degree|(?<=\d) ?\^ ?\{ ?(?:\\prime ?|\\text\{ ?(?:st|nd|rd|th) ?\}|th)+\}", ""),
+    (r"((?<![_^])\d|10\^\{-?\d+\}) ?(?:\\mu(?= ?\\text)|(?:\\text\{ ?[kM] ?\} ?|[kM]|\\mu ?)?(?:\\Omega|\\AA|\\mathring ?\{A\}"
+     r"|[LM]_ ?\{? ?\\odot ?\}?)(?= ?(?:$|[,;)\]])))", r"\1 \\text{unit}"),
+    (rf"(?P<other>{_TEXT}|\\(?:begin|end|operatorname|math\w+) ?\{{[^{{}}]*\}}|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{{4,}}"
      rf"|(?<=[\d}}])(?<!\\[a-zA-Z]) ?(?:{_SHORT_UNITS})(?![a-zA-Z])", _word),
     (rf" ?\\text\{{ ?({'|'.join(_SCALES)})(?![a-z])", lambda match: rf" \times 10^{{{_SCALES[match[1]]}}} \text{{"),
     (r"\\text\{ ?\}", ""),
     (rf"(?:(?<=[\d)}}])|(?<=\\pi))(?:{_UNIT})+(?= ?(?:$|[,;)\]]|\\\}}))", _unit),
     (r"\\text\{ ?\(?([A-Za-z])\)? ?\}", r"\1"),  # \text{(C)}
+    (rf"_ ?\{{ ?(?:\\text\{{ ?)?({'|'.join(_BASES)}) ?\}}?\}}", lambda match: f"_{{{_BASES.index(match[1]) + 2}}}"),
     (r"(?<![\\\w])E(?=_)", r"\\text{E}"),  # math-verify reads no E_1
-    (r"^ ?\\approx|(?<!\.) ?\.$", ""),
+    (r"^ ?\\(?:approx|sim)(?![a-zA-Z])|(?<!\.) ?\.$", ""),
+    (r"^(?!.*\\[pm][pm].*\\[pm][pm])([^,]*)\\(?:pm|mp)(?![a-zA-Z])([^,]*)$", r"\1+\2, \1-\2"),  # math-verify reads none in a \frac
 )]
 
 
@@ -142,7 +153,7 @@ def canonical(text: str) -> str:
     text = re.sub(r"(\.\d*?)0+(?!\d)", r"\1", text)  # 27.0
     text = re.sub(r"(?<=\d)\.(?!\d)", "", text)
     text = re.sub(r" (?![a-zA-Z0-9])|(?<![a-zA-Z0-9]) ", "", text)
-    return text.casefold() if re.fullmatch(r"[a-zA-Z -]{4,}", text) else text
+    return text.casefold() if re.fullmatch(r"[a-zA-Z -]{4,}|[nN]o|[yY]es", text) else text
 
 
 def _look(response: str, answer: str | list[str], style: str) -> Verdict | dict:
@@ -426,6 +437,11 @@ def _grader():
             return [x.start, x.end]
         return getattr(x, "_unsorted_args", x.args) if isinstance(x, (sympy.FiniteSet, sympy.Tuple)) else None
 
+    def union(x):  # x < 2 or x > 3: where no number is both, the comma that plain() puts cannot mean "and"
+        if isinstance(x, sympy.FiniteSet) and len(x.free_symbols) == 1 and all(isinstance(y, sympy.logic.boolalg.Boolean) for y in x.args):
+            return sympy.Union(*(y.as_set() for y in x.args))
+        return x
+
     def match(golds, boxes) -> bool:  # in any order
         if not golds:
             return True
@@ -434,6 +450,8 @@ def _grader():
 
     def same(gold, box) -> bool:
         """Takes apart what has parts, so that the rules for numbers and equations hold within lists, too."""
+        if isinstance(gold, sympy.Union) != isinstance(box, sympy.Union):
+            gold, box = union(gold), union(box)
         (*gold_left, gold_last), (*box_left, box_last) = chain(gold), chain(box)
         if not all(is_formula(part) or same(box_last, part) for part in box_left[bool(gold_left):]):
             return False  # 1 = 2 = 5
@@ -474,7 +492,8 @@ def _grader():
             apart, exact = distance(gold, box), not (gold.has(sympy.Float) or box.has(sympy.Float))
             if apart is not None and apart > 1e-5:  # math-verify rounds to six decimals: 1e-8 is 2e-8
                 return False
-            if apart is not None and apart < 1e-12 and not exact:
+            real = all(x.is_number and x.is_real and x % 1 != 0 for x in (gold, box))  # no integers, which are exact
+            if apart is not None and apart < (1e-6 if real else 1e-12) and not exact:
                 return True
             if exact and gold.is_rational and box.is_rational:  # it looks at 100 digits: 10^{200} + 1 is 10^{200}
                 return gold.doit() == box.doit()
@@ -490,12 +509,19 @@ def _grader():
         except (TypeError, ValueError, AttributeError, ArithmeticError):
             return None
 
+    def agree(text: str, how) -> bool:  # what \approx stands between: 1/3 and 0.33, not 5 and 6; math-verify reads the first
+        parts = [read(part, *how) for part in plain(text).split(r"\approx")]
+        if len(parts) == 1 or None in parts:
+            return len(parts) == 1
+        values = [value for part in parts if not is_formula(value := chain(part)[-1].xreplace({percent: percent.args[0]}))]
+        return all((apart := distance(values[0], value)) is not None and apart < 0.01 for value in values[1:])
+
     def judge(box: str, golds: list[str]) -> Verdict:
         parsed = False
         for gold in golds:
             both = plain(gold) + " ; " + plain(box)
-            bases = [set(re.findall(r"\d_\{?(\d+)", plain(text))) for text in (gold, box)]
-            if all(bases) and bases[0] != bases[1]:  # 52_8 is not 52_7; math-verify ignores the base
+            bases = [set(re.findall(r"\d_ ?\{? ?(?:\\text\{ ?)?(\w+)", plain(text))) for text in (gold, box)]
+            if bases[1] not in (set(), bases[0] or {"10"}):  # 52_8 is not 52_7, and not 52; math-verify ignores the base
                 parsed = True
                 continue
             letters = [set(re.sub(r"\\[a-zA-Z]+(\{[a-zA-Z ]*\})?", "", text)) for text in (plain(gold), plain(box))]
@@ -503,7 +529,7 @@ def _grader():
             how = not should_treat_as_complex(both), not any(x.isupper() and x.lower() in them for them in letters for x in them)
             mine, its = read(box, *how), read(gold, *how)
             parsed = parsed or mine is not None
-            if mine is not None and its is not None and same(its, mine):
+            if mine is not None and its is not None and same(its, mine) and agree(box, how):
                 return Verdict(1.0, None)
         return Verdict(0.0, "wrong" if parsed or not golds else "parse_failure")
 

@@ -153,6 +153,55 @@ def test_last_box_is_found_after_anything(before, box, after):
     (r"\boxed{28}", ["27", "28.0"], "boxed", None), (r"\boxed{27}", ["27", "28.0"], "boxed", None),
     (r"\boxed{29}", ["27", "28.0"], "boxed", "wrong"), (r"\boxed{27, 28}", ["27", "28.0"], "boxed", "wrong"),
     (r"\boxed{29}", [], "boxed", "wrong"),
+    # plus or minus, wherever it stands
+    (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}", "boxed", None),
+    (r"\boxed{x=\frac{1\pm\sqrt5}{2}}", r"\frac{1\pm\sqrt{5}}{2}", "boxed", None),
+    (r"\boxed{\frac{6\pm4\sqrt2}{2}}", r"3 \pm 2 \sqrt{2}", "boxed", None),
+    (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}", "boxed", "wrong"),
+    # units with exponents and symbols
+    (r"\boxed{3.0\times10^8\,\mathrm{m\,s^{-1}}}", r"3e8", "boxed", None),
+    (r"\boxed{2.7\times10^{43}\ \mathrm{erg\ s^{-1}}}", r"2.7e43", "boxed", None),
+    (r"\boxed{5\ \Omega}", r"5", "boxed", None), (r"\boxed{5\,\text{k}\Omega}", r"5", "boxed", None),
+    (r"\boxed{2.5\,\mu\text{m}}", r"2.5", "boxed", None), (r"\boxed{4\,\mu\mathrm{m}}", r"4", "boxed", None),
+    (r"\boxed{9.5\,M_\odot}", r"9.5", "boxed", None), (r"\boxed{1\ M_{\odot}}", r"1", "boxed", None),
+    (r"\boxed{1.5\,\AA}", r"1.5", "boxed", None), (r"\boxed{1.54\ \mathring{A}}", r"1.54", "boxed", None),
+    (r"\boxed{\sim 9.5}", r"9.5", "boxed", None), (r"\boxed{5^{\text{th}}}", r"5", "boxed", None),
+    (r"\boxed{x^2\Omega}", r"x^2", "boxed", "wrong"),
+    # a unit hides no second answer
+    (r"\boxed{5\text{, 6}}", r"5", "boxed", "wrong"), (r"\boxed{5\text{ apples or 6}}", r"5", "boxed", "wrong"),
+    (r"\boxed{5\text{ but maybe 6}}", r"5", "boxed", "wrong"), (r"\boxed{5\text{ through 100}}", r"5", "boxed", "wrong"),
+    (r"\boxed{5\text{ [6] }}", r"5", "boxed", "wrong"), (r"\boxed{27\text{ m/s2}}", r"27", "boxed", None),
+    (r"\boxed{27\text{ (square units)}}", r"27", "boxed", None),
+    # repeating decimals
+    (r"\boxed{0.\overline{3}}", r"\frac13", "boxed", None), (r"\boxed{\frac{4}{11}}", r"0.\overline{36}", "boxed", None),
+    (r"\boxed{2.\overline{4}}", r"\frac{22}{9}", "boxed", None), (r"\boxed{\frac16}", r"0.1\overline{6}", "boxed", None),
+    (r"\boxed{-.1\overline{6}}", r"-\frac16", "boxed", None), (r"\boxed{0.\overline{3}}", r"0.3", "boxed", "wrong"),
+    (r"\boxed{0.1\overline{6}}", r"0.\overline{16}", "boxed", "wrong"),
+    # the base of a number
+    (r"\boxed{52_7}", r"52", "boxed", "wrong"), (r"\boxed{52_{10}}", r"52", "boxed", None),
+    (r"\boxed{52_{10}}", r"52_8", "boxed", "wrong"), (r"\boxed{4343_{\text{seven}}}", r"4343_6", "boxed", "wrong"),
+    (r"\boxed{4343_{\text{six}}}", r"4343_6", "boxed", None), (r"\boxed{4343}", r"4343_6", "boxed", None),
+    # a union in words
+    (r"\boxed{x<2\text{ or }x>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", None),
+    (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"x<2 or x>3", "boxed", None),
+    (r"\boxed{x<2\text{ or }x \ge 3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+    (r"\boxed{x<2\text{ or }y>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+    (r"\boxed{x<2}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+    # about
+    (r"\boxed{5 \approx 6}", r"5", "boxed", "wrong"),
+    (r"\boxed{\frac{270}{7} \approx 38.57}", r"\frac{270}7", "boxed", None),
+    (r"\boxed{x = \frac13 \approx 0.33}", r"\frac13", "boxed", None), (r"\boxed{x \approx 5}", r"5", "boxed", None),
+    # what only looks
+    (r"\boxed{\boldsymbol{204}}", r"204", "boxed", None), (r"\boxed{\underline{204}}", r"204", "boxed", None),
+    (r"\boxed{\fbox{5}}", r"5", "boxed", None), (r"\boxed{\color{red}{5}}", r"5", "boxed", None),
+    (r"\boxed{\Large 5}", r"5", "boxed", None), (r"\boxed{5\ }", r"5", "boxed", None),
+    (r"\boxed{\text{no}}", r"No", "boxed", None), (r"\boxed{\text{no}}", r"Yes", "boxed", "wrong"),
+    (r"\boxed{\bold{204}}", r"205", "boxed", "wrong"),
+    # six digits of what is no integer
+    (r"\boxed{3.14159}", r"\pi", "boxed", None), (r"\boxed{333.3333}", r"1000/3", "boxed", None),
+    (r"\boxed{123456.78}", r"123456.7812", "boxed", None), (r"\boxed{3.1415}", r"\pi", "boxed", "wrong"),
+    (r"\boxed{333.33}", r"1000/3", "boxed", "wrong"), (r"\boxed{1000000.5}", r"1000000", "boxed", "wrong"),
+    (r"\boxed{1000001.0}", r"1000000", "boxed", "wrong"),
     # no answer
     ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
     (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
@@ -290,7 +339,6 @@ No solution | \text{no solution}
 \text{SRAC} = \text{LRAC} | SRAC=LRAC
 52_8 | 52_{8}
 52 | 52_8
-52_{8} | 52
 \frac{1}{3} | 0.333333
 0.166667 | \frac{1}{6}
 5 \text{ million} | 5000000
@@ -425,6 +473,7 @@ x \le 5 | x<5
 2 3 | 5
 2 3 | 6
 2(3) | 5
+52_{8} | 52
 52_7 | 52_8
 52_7 | 52_{8}
 4210_6 | 4210_{5}
