@@ -11,6 +11,7 @@ import math
 import os
 import random
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Engine:
         from vllm import LLM
 
         cuda = ranks.device.type == "cuda"
-        with preserved_rng():
+        with preserved_rng(), contextlib.nullcontext() if cuda or cfg.tp == 1 else own_shared_memory():
             self.llm = LLM(
                 folder, dtype=cfg.rollout_dtype, max_model_len=max_len, seed=cfg.seed, tensor_parallel_size=cfg.tp,
                 distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", max_num_seqs=256,
@@ -171,6 +172,20 @@ def check_responses(responses):
         if not logp.isfinite().all():
             raise RuntimeError(f"response {number} of {len(responses)} has sampler's log-probs that are not finite: the policy has diverged "
                                "(a smaller --lr?), its weights never were finite, or the engine failed")
+
+
+@contextlib.contextmanager
+def own_shared_memory():
+    """On a CPU, tensor-parallel ranks meet in shared memory whose name is the same for every run of a machine: a killed run's would stop the next.
+    Inside, it carries the run's port; at the end all have it open, and nobody needs its name any more."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
+    name, port = Shared.make_group_name, f"remix-{os.environ['MASTER_PORT']}-"
+    Shared.make_group_name = staticmethod(lambda communicator: name(communicator).replace("-tp:", f"-{port}tp:"))
+    yield
+    Shared.make_group_name = staticmethod(name)
+    for path in Path("/dev/shm").iterdir() if os.path.isdir("/dev/shm") else ():
+        if port in path.name:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

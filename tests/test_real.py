@@ -38,6 +38,7 @@ def stand_in(hub, small_model, problems_file, tmp_path_factory):
     (folder / "data").mkdir()
     (folder / "data" / "deepscaler.json").write_text(json.dumps([{"problem": r["problem"], "answer": r["answer"], "solution": ""} for r in rows]))
     hub.add("datasets", DEEPSCALER, folder / "data")
+    hub.requests.clear()
     return hub.env(folder / "cache")
 
 
@@ -47,35 +48,50 @@ def test_commands_cover_every_algorithm_and_architecture():
     assert COMMANDS[0] == "torchrun --nproc_per_node 8 train.py --model Qwen2.5-Math-7B"
 
 
-@pytest.fixture(scope="module")
-def run(stand_in, hub, tmp_path_factory):
-    """run(line) -> (folder, flags) of the run that a command of README made."""
-    runs = tmp_path_factory.mktemp("runs")
+def flags_of(line):
+    flags = [*shlex.split(line.partition("train.py")[2]), *SMALLER]
+    return flags + (["--held_out", "2", "--eval_every", "2"] if "--held_out" in flags else [])
 
-    def job(line):
-        launcher, flags = line.partition("train.py")[::2]
-        folder = runs / str(COMMANDS.index(line))
-        flags = [*shlex.split(flags), *SMALLER, "--out", str(folder)]
-        flags += ["--held_out", "2", "--eval_every", "2"] if "--held_out" in flags else []
-        nodes, ranks = int((re.search(r"--nnodes (\d)", launcher) or [0, 1])[1]), min(2, int((re.search(r"per_node (\d)", launcher) or [0, 0])[1]))
-        if nodes == 1:
-            done = [command("train.py", *flags, ranks=ranks, env=stand_in)]
-        else:  # HOST is this one, with a rank on each node
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                host = f"127.0.0.1:{free.getsockname()[1]}"
-            rendezvous = shlex.split(launcher.replace("HOST:29500", host).replace("per_node 8", "per_node 1"))[1:]
-            with ThreadPoolExecutor(nodes) as pool:
-                done = list(pool.map(lambda _: command("train.py", *flags, launcher=rendezvous, env=stand_in), range(nodes)))
-        assert not any(d.returncode for d in done), done[0].stdout[-1000:] + done[0].stderr[-3000:]
-        return folder, flags
-    hub.requests.clear()
-    return job
+
+# those that two ranks can run one after the other in the same processes (runs.py), to save the starts; the first never
+TOGETHER = [line for line in COMMANDS[1:] if "--nproc_per_node" in line and not re.search("--nnodes|--tp", line)]
+
+
+@pytest.fixture(scope="module")
+def together(stand_in, hub, tmp_path_factory):
+    """Folder of the runs of TOGETHER, by their number in COMMANDS."""
+    runs = tmp_path_factory.mktemp("together")
+    (runs / "flags.json").write_text(json.dumps({str(COMMANDS.index(line)): flags_of(line) for line in TOGETHER}))
+    done = command("tests/runs.py", "algorithms", runs, runs / "flags.json", ranks=2, env=stand_in)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert set(json.loads((runs / "algorithms-1.json").read_text()).values()) == {None}
+    return runs
+
+
+@pytest.fixture
+def run(request, line, stand_in, hub, tmp_path):
+    """(folder, flags) of the run that a command of README made."""
+    if line in TOGETHER:
+        return request.getfixturevalue("together") / str(COMMANDS.index(line)), flags_of(line)
+    launcher, folder = line.partition("train.py")[0], tmp_path / "run"
+    flags = [*flags_of(line), "--out", str(folder)]
+    nodes, ranks = int((re.search(r"--nnodes (\d)", launcher) or [0, 1])[1]), min(2, int((re.search(r"per_node (\d)", launcher) or [0, 0])[1]))
+    if nodes == 1:
+        done = [command("train.py", *flags, ranks=ranks, env=stand_in)]
+    else:  # HOST is this one, with a rank on each node
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            host = f"127.0.0.1:{free.getsockname()[1]}"
+        rendezvous = shlex.split(launcher.replace("HOST:29500", host).replace("per_node 8", "per_node 1"))[1:]
+        with ThreadPoolExecutor(nodes) as pool:
+            done = list(pool.map(lambda _: command("train.py", *flags, launcher=rendezvous, env=stand_in), range(nodes)))
+    assert not any(d.returncode for d in done), done[0].stdout[-1000:] + done[0].stderr[-3000:]
+    return folder, flags
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_of_readme(line, run, hub):
-    folder, flags = run(line)
+    folder, flags = run
     lines, cfg = [record for record in metrics_of(folder) if record["step"]], parse(flags)
     assert [record["step"] for record in lines] == [1, 2] and lines[-1]["total_rollouts"] == int(dry_run(cfg).split()[-1])
     assert lines[1]["staleness"][0] == lines[1]["fresh_rollouts"] and lines[1]["staleness"][1] == 3 * cfg.group_size * ("mix" in cfg.algo)
@@ -87,6 +103,7 @@ def test_command_of_readme(line, run, hub):
         assert (record["eval_accuracy_by_part"] or {"held_out": 0}).keys() == {"held_out"}
     assert lines[1]["kl_base"] > 0  # the entropy bonus moved the policy: without a reward nothing else could
     assert (folder / "model" / "model.safetensors").exists()
+    assert not list(Path("/dev/shm").glob("*-tp:0-*cpushm*"))  # shared memory of tensor-parallel ranks, which would stop the next run of that name
     sent = hub.downloads()
     assert len(sent) == len(set(sent))  # one rank downloads, the others wait
     saved = json.loads((folder / "config.json").read_text())["values"]
