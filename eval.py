@@ -224,6 +224,7 @@ def commit():
 
 def begin(out, settings):
     """Make the output folder, or go on with what is there. Returns the rows of samples.jsonl. Raises ConfigError for other settings."""
+    from metrics import rewrite
     os.makedirs(out, exist_ok=True)
     faults.hold(out)
     check_free(out)  # again: another evaluation may have ended here in the meantime
@@ -238,9 +239,7 @@ def begin(out, settings):
     path.write_text(json.dumps(settings, indent=1))
     samples = out / "samples.jsonl"
     rows = read_rows(samples) if samples.exists() else []
-    aside = samples.with_name("samples.jsonl.tmp")  # without an unfinished last line
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(samples)
+    rewrite(samples, "".join(json.dumps(row) + "\n" for row in rows))  # without an unfinished last line
     return rows
 
 
@@ -269,6 +268,7 @@ def check_whole(settings, rows):
 
 def finish(out, settings, rows):
     """Scores of all rows: the console's table, results.json and the picture."""
+    from metrics import rewrite
     parts = {name: [row for row in rows if row["part"] == name] for name in settings["parts"]}
     scores = {name: score.summarise(some) | settings["parts"][name] for name, some in parts.items()}
     problems = {name: {id: sum(row["reward"] for row in some) / len(some) for id, some in score.by_problem(part).items()} for name, part in parts.items()}
@@ -276,9 +276,7 @@ def finish(out, settings, rows):
     if settings["preset"] and (lines := score.published(scores, settings["model"], settings["base"] or "")):
         print("\n".join(lines))
     score.chart(scores, out / "results.png", settings["model"] or "the embedded default")
-    aside = out / "results.json.tmp"
-    aside.write_text(json.dumps({"scores": scores, "settings": settings, "problems": problems}, indent=1))
-    aside.replace(out / "results.json")
+    rewrite(out / "results.json", json.dumps({"scores": scores, "settings": settings, "problems": problems}, indent=1))
     print(out)
 
 
