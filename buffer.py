@@ -41,13 +41,21 @@ class RingBuffer:
         """
         groups = list(groups)  # ours: the caller may go on with its list
         if self._entries and version <= self._entries[-1][0]:
-            raise ValueError(f"version {version} is not newer than {self._entries[-1][0]}, the newest held")
+            raise ValueError(
+                f"version {version} is not newer than {self._entries[-1][0]}, the newest held"
+            )
         for group in groups:
-            if not isinstance(group, list) or not group or not all(isinstance(sample, dict) for sample in group):
+            if (
+                not isinstance(group, list)
+                or not group
+                or not all(isinstance(sample, dict) for sample in group)
+            ):
                 raise ValueError("a group must be a non-empty list of samples (dicts)")
             for sample in group:
                 if "version" in sample and int(sample["version"]) != version:
-                    raise ValueError(f"a sample of version {int(sample['version'])} was pushed as version {version}")
+                    raise ValueError(
+                        f"a sample of version {int(sample['version'])} was pushed as version {version}"
+                    )
         if groups:
             self._entries.append((version, groups))
         self._entries = [entry for entry in self._entries if entry[0] >= version + 1 - self.window]
@@ -75,12 +83,19 @@ class RingBuffer:
             raise ValueError(f"weights must be finite and not negative: {weights}")
         # Draws without replacement in proportion to w are a race: every group arrives after an exponential time of
         # rate w, and the first n win (Efraimidis and Spirakis 2006).
-        race = [(rng.expovariate(weights[age]), group) for age, group in eligible if weights.get(age, 0) > 0]
+        race = [
+            (rng.expovariate(weights[age]), group)
+            for age, group in eligible
+            if weights.get(age, 0) > 0
+        ]
         return [group for _, group in sorted(race, key=lambda entry: entry[0])[:n_groups]]
 
     def state_dict(self):
         """{"window": int, "entries": [(version, groups), …]}, oldest first; shares the groups with the buffer."""
-        return {"window": self.window, "entries": [(version, list(groups)) for version, groups in self._entries]}
+        return {
+            "window": self.window,
+            "entries": [(version, list(groups)) for version, groups in self._entries],
+        }
 
     def load_state_dict(self, state):
         """Replace the contents by a `state_dict`. Our own window holds, not the saved one: a smaller one evicts."""

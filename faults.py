@@ -23,7 +23,9 @@ import traceback
 from pathlib import Path
 
 SIGNALS = ("SIGTERM", "SIGINT")
-PATIENCE = 25  # seconds from a notice to the end of its step; torchrun kills 30 s after it passed one on
+PATIENCE = (
+    25  # seconds from a notice to the end of its step; torchrun kills 30 s after it passed one on
+)
 ONE_NOTICE = 1  # seconds within which signals are one: a cluster may tell torchrun and the ranks, and torchrun tells the ranks again
 
 
@@ -42,16 +44,24 @@ class Here:
 
 def guard():
     """Call first, in the main thread. Under torchrun this process dies with it, however torchrun dies."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # torchrun's children have sessions of their own: nothing else ends them
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux"
+    ):  # torchrun's children have sessions of their own: nothing else ends them
         parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started us ends, which is torchrun's main thread
-        if os.getppid() != parent or parent == 1 and not torchrun(1):  # it died before: in a container, it may be process 1 itself
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: when the thread that started us ends, which is torchrun's main thread
+        if (
+            os.getppid() != parent or parent == 1 and not torchrun(1)
+        ):  # it died before: in a container, it may be process 1 itself
             sys.exit("error: torchrun is gone")
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     for name in SIGNALS:
-        signal.signal(getattr(signal, name), lambda *_: None)  # the byte in the socket is what counts
+        signal.signal(
+            getattr(signal, name), lambda *_: None
+        )  # the byte in the socket is what counts
         signal.siginterrupt(getattr(signal, name), False)
     os.register_at_fork(after_in_child=unguard)
     threading.Thread(target=watch, args=(reader, writer), daemon=True).start()
@@ -77,26 +87,37 @@ def watch(reader, _writer):
     if Here.step is None:
         end(f"stopped by {Here.notice}; {stands()}" if first else None, 128 + number)
     if first and not Here.leaving:
-        print(f"{Here.notice}: this run saves and stops at the end of step {Here.step}; another signal stops it at once", flush=True)
+        print(
+            f"{Here.notice}: this run saves and stops at the end of step {Here.step}; another signal stops it at once",
+            flush=True,
+        )
     reader.settimeout(0.5)
     while True:
         with contextlib.suppress(TimeoutError):
             number = reader.recv(1)[0]
             if time.monotonic() - came > ONE_NOTICE:
-                end(f"{where()}: {signal.Signals(number).name} again, stopped at once; {stands()}", 128 + number)
+                end(
+                    f"{where()}: {signal.Signals(number).name} again, stopped at once; {stands()}",
+                    128 + number,
+                )
         if Here.leaving:
             continue
         if gone := lost():
             time.sleep(5)  # a collective that lost a peer says so itself, unless it is NCCL's
             end(f"{where()}: {gone}; {stands()}", 1)
         if time.monotonic() - came > PATIENCE:
-            end(f"{where()}: step not over {PATIENCE} s after {Here.notice}, stopped without saving; {stands()}", 1)
+            end(
+                f"{where()}: step not over {PATIENCE} s after {Here.notice}, stopped without saving; {stands()}",
+                1,
+            )
 
 
 def end(line, code):
     """End the process here and now, whatever its main thread is in."""
     if line:
-        print(f"\n{line}", file=sys.stderr, flush=True)  # on a line of its own, also after a progress bar
+        print(
+            f"\n{line}", file=sys.stderr, flush=True
+        )  # on a line of its own, also after a progress bar
     os._exit(code)
 
 
@@ -115,10 +136,22 @@ def stands():
     """What is left on the disk, and what goes on with it."""
     if Here.kept:
         return Here.kept
-    kept = sorted(path.name for path in Path(Here.out, "checkpoints").glob("step_*") if path.suffix != ".tmp") if Here.out else []
+    kept = (
+        sorted(
+            path.name
+            for path in Path(Here.out, "checkpoints").glob("step_*")
+            if path.suffix != ".tmp"
+        )
+        if Here.out
+        else []
+    )
     if kept:
         return f"checkpoint {kept[-1]} stands, --resume goes on from there"
-    return "no checkpoint yet, --resume starts again" if Here.out and Path(Here.out, "config.json").exists() else "nothing was written"
+    return (
+        "no checkpoint yet, --resume starts again"
+        if Here.out and Path(Here.out, "config.json").exists()
+        else "nothing was written"
+    )
 
 
 @contextlib.contextmanager
@@ -133,7 +166,9 @@ def reported():
         raise
     except BaseException as error:  # PyTorch's CheckpointException is no Exception
         text = " ".join(str(error).split())
-        peer = type(error).__name__.startswith("Dist") or "gloo" in text  # what torch.distributed raises for lost peers and time-outs
+        peer = (
+            type(error).__name__.startswith("Dist") or "gloo" in text
+        )  # what torch.distributed raises for lost peers and time-outs
         if peer:
             time.sleep(1)  # until a dying peer is dead
             text = f"{lost() or 'another rank hangs, or its machine is gone'} ({text[:200]})"
@@ -149,7 +184,11 @@ def reported():
 def identity():
     """(machine and process namespace, process, its birth) of this process."""
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-    return f"{socket.gethostname()} {namespace}", os.getpid(), (process(os.getpid()) or (None, None))[1]
+    return (
+        f"{socket.gethostname()} {namespace}",
+        os.getpid(),
+        (process(os.getpid()) or (None, None))[1],
+    )
 
 
 def process(pid):
@@ -189,16 +228,22 @@ def hold(out, wait=60, say=print):
             file.seek(0)
             holder = " ".join(file.read().split()) or "an unnamed process"
             if time.monotonic() - begin > wait:
-                raise ValueError(f"{out} is in use by {holder}: stop that run first, or choose another --out") from None
+                raise ValueError(
+                    f"{out} is in use by {holder}: stop that run first, or choose another --out"
+                ) from None
             if not said:
                 say(f"waiting up to {wait} s for {out}, in use by {holder}")
             said = True
             time.sleep(0.2)
         except OSError as error:
-            say(f"{out}: no locks on this file system ({error.strerror}): see to it that no other run writes there")
+            say(
+                f"{out}: no locks on this file system ({error.strerror}): see to it that no other run writes there"
+            )
             break
     file.seek(0)
     file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.write(
+        f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    )
     file.flush()
     Here.lock = file  # closed, and so given back, when the process ends

@@ -19,11 +19,20 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from memory import splits
+from infra.memory import splits
 
 # the beginning of a bare name: its owner
-OWNERS = {"Qwen": "Qwen", "DeepSeek-": "deepseek-ai", "Llama-": "meta-llama", "Meta-Llama-": "meta-llama"}
-MODEL_TYPES = ("qwen2", "qwen3", "llama")  # a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
+OWNERS = {
+    "Qwen": "Qwen",
+    "DeepSeek-": "deepseek-ai",
+    "Llama-": "meta-llama",
+    "Meta-Llama-": "meta-llama",
+}
+MODEL_TYPES = (
+    "qwen2",
+    "qwen3",
+    "llama",
+)  # a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
 MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
 TIMEOUT = 10  # seconds until the hub counts as unreachable
 
@@ -35,7 +44,9 @@ def full_name(name: str) -> str:
     for beginning, owner in OWNERS.items():
         if name.startswith(beginning):
             return f"{owner}/{name}"
-    raise ValueError(f"no such folder, and no owner is known for {name!r}: give OWNER/NAME or a folder")
+    raise ValueError(
+        f"no such folder, and no owner is known for {name!r}: give OWNER/NAME or a folder"
+    )
 
 
 def model_folder(name: str | os.PathLike) -> str:
@@ -47,12 +58,17 @@ def model_folder(name: str | os.PathLike) -> str:
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(name):
         raise ValueError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
+
     name = full_name(name)
 
     def load(local):  # root files only: folders hold other formats of the same weights
-        folder = snapshot_download(name, allow_patterns=MODEL_FILES, ignore_patterns="*/*", local_files_only=local)
+        folder = snapshot_download(
+            name, allow_patterns=MODEL_FILES, ignore_patterns="*/*", local_files_only=local
+        )
         if missing := _missing(folder):
-            raise ValueError(f"{missing} missing in {folder} (weights are read from *.safetensors only)")
+            raise ValueError(
+                f"{missing} missing in {folder} (weights are read from *.safetensors only)"
+            )
         return folder
 
     return _fetch("model", name, lambda: load(True), lambda: load(False))
@@ -67,7 +83,11 @@ def _missing(folder):
     absent = sorted(name for name in ("config.json", *shards) if not Path(folder, name).is_file())
     if not absent and not any(Path(folder).glob("*.safetensors")):
         absent = ["*.safetensors"]
-    return absent[0] + (f" and {len(absent) - 1} more files are" if absent[1:] else " is") if absent else ""
+    return (
+        absent[0] + (f" and {len(absent) - 1} more files are" if absent[1:] else " is")
+        if absent
+        else ""
+    )
 
 
 def check_model(folder, tp=1):
@@ -80,35 +100,71 @@ def check_model(folder, tp=1):
         kind = config["model_type"]
         if kind not in MODEL_TYPES:
             raise ValueError(f"it is of type {kind}, this code trains {', '.join(MODEL_TYPES)}")
-        hidden, vocab, layers, heads = (config[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"))
+        hidden, vocab, layers, heads = (
+            config[name]
+            for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
+        )
         kv_heads = config.get("num_key_value_heads") or heads
-        if not all(isinstance(n, int) and n > 0 for n in (hidden, vocab, layers, heads, kv_heads, config["intermediate_size"])):
+        if not all(
+            isinstance(n, int) and n > 0
+            for n in (hidden, vocab, layers, heads, kv_heads, config["intermediate_size"])
+        ):
             raise ValueError("a size in its config.json is no positive number")
         if "quantization_config" in config:
             raise ValueError("it is quantized: take the model that it was made from")
         if absent := _missing(folder):
             raise ValueError(f"{absent} missing")
         tensors = {}  # name -> (file, first byte, last byte, shape)
-        for file in path.glob("*.safetensors"):  # each begins with the length of a JSON header of its tensors
+        for file in path.glob(
+            "*.safetensors"
+        ):  # each begins with the length of a JSON header of its tensors
             with open(file, "rb") as header:
                 length = int.from_bytes(header.read(8), "little")
-                found = {name: (file, *(8 + length + i for i in tensor["data_offsets"]), tensor["shape"])
-                         for name, tensor in json.loads(header.read(length)).items() if name != "__metadata__"}
+                found = {
+                    name: (file, *(8 + length + i for i in tensor["data_offsets"]), tensor["shape"])
+                    for name, tensor in json.loads(header.read(length)).items()
+                    if name != "__metadata__"
+                }
             if max((last for _, _, last, _ in found.values()), default=0) != file.stat().st_size:
                 raise ValueError(f"{file.name} is not whole: copy it again")
             tensors |= found
-        embedding, head = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        embedding, head = (
+            tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight")
+        )
         if embedding is None or f"model.layers.{layers - 1}.mlp.up_proj.weight" not in tensors:
-            raise ValueError(f"its *.safetensors hold no model.embed_tokens.weight or not all {layers} layers")
+            raise ValueError(
+                f"its *.safetensors hold no model.embed_tokens.weight or not all {layers} layers"
+            )
         if embedding[3] != [vocab, hidden]:
-            raise ValueError(f"its embedding is {embedding[3]}, its config.json says {[vocab, hidden]}")
-        if config.get("tie_word_embeddings") and head and digest(*head[:3]) != digest(*embedding[:3]):  # sharding would keep one of the two
-            raise ValueError("its config.json says that head and embedding are one (tie_word_embeddings), its weights hold two: set it to false")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
+            raise ValueError(
+                f"its embedding is {embedding[3]}, its config.json says {[vocab, hidden]}"
+            )
+        if (
+            config.get("tie_word_embeddings")
+            and head
+            and digest(*head[:3]) != digest(*embedding[:3])
+        ):  # sharding would keep one of the two
+            raise ValueError(
+                "its config.json says that head and embedding are one (tie_word_embeddings), its weights hold two: set it to false"
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ValueError(f"--model {folder} is no model folder that can be trained ({why}); it needs config.json and whole *.safetensors") from None
+        raise ValueError(
+            f"--model {folder} is no model folder that can be trained ({why}); it needs config.json and whole *.safetensors"
+        ) from None
     if not splits(tp, heads, kv_heads):
-        raise ValueError(f"--tp {tp} does not divide the {heads} attention heads and {kv_heads} key-value heads of {folder}")
+        raise ValueError(
+            f"--tp {tp} does not divide the {heads} attention heads and {kv_heads} key-value heads of {folder}"
+        )
 
 
 def digest(file, first, last):
@@ -128,8 +184,11 @@ def dataset_rows(name: str, split: str = "train"):
     if name.count("/") not in (1, 2):
         raise ValueError(f"{name!r} is no name of a data set: give OWNER/NAME or OWNER/NAME/CONFIG")
     import datasets
+
     owner, title, config = [*name.split("/"), None][:3]
-    chosen = Path(datasets.config.HF_DATASETS_CACHE, f"{owner}--{title}.config")  # the one that the hub took where none was named
+    chosen = Path(
+        datasets.config.HF_DATASETS_CACHE, f"{owner}--{title}.config"
+    )  # the one that the hub took where none was named
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it warns of every use of its cache
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -138,7 +197,10 @@ def dataset_rows(name: str, split: str = "train"):
         return datasets.load_dataset(f"{owner}/{title}", config, split=split)
 
     def cached():
-        before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True  # load_dataset has no argument for it
+        before, datasets.config.HF_HUB_OFFLINE = (
+            datasets.config.HF_HUB_OFFLINE,
+            True,
+        )  # load_dataset has no argument for it
         try:
             return load(config or (chosen.read_text() if chosen.exists() else "default"))
         finally:
@@ -158,6 +220,7 @@ def public_file(name: str) -> Path:
     another server with the same paths). All ranks may call it at the same time. Raises HubError."""
     from filelock import FileLock
     from huggingface_hub import constants
+
     path = Path(constants.HF_HOME, "remix", *name.split("/"))
     if path.exists():
         return path
@@ -173,8 +236,10 @@ def public_file(name: str) -> Path:
                     aside.write_bytes(answer.read())
                     aside.rename(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise HubError(f"{name} is not in {constants.HF_HOME} and could not be fetched from {server} ({type(error).__name__}: {one_line(error)}): run "
-                       "`python hub.py --benchmarks` with internet access, then copy or share HF_HOME, or pass --data_dir") from None
+        raise HubError(
+            f"{name} is not in {constants.HF_HOME} and could not be fetched from {server} ({type(error).__name__}: {one_line(error)}): run "
+            "`python hub.py --benchmarks` with internet access, then copy or share HF_HOME, or pass --data_dir"
+        ) from None
     return path
 
 
@@ -187,10 +252,15 @@ def _fetch(kind, name, cached, fetched):
     import huggingface_hub
     from filelock import FileLock
     from huggingface_hub import constants, errors
+
     huggingface_hub.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
-    command, home, what = f"`python hub.py --{kind} {name}`", constants.HF_HOME, "data set" if kind == "data" else kind
+    command, home, what = (
+        f"`python hub.py --{kind} {name}`",
+        constants.HF_HOME,
+        "data set" if kind == "data" else kind,
+    )
     lock = FileLock(Path(home, f".{kind}--{name.replace('/', '--')}.lock"))
     try:
         return cached()
@@ -198,16 +268,26 @@ def _fetch(kind, name, cached, fetched):
         found = error
     try:
         try:  # first, because the libraries try for minutes; not under the lock, so that all ranks know at once
-            huggingface_hub.HfApi().repo_info("/".join(name.split("/")[:2]), repo_type=what.replace(" ", ""), timeout=TIMEOUT)
+            huggingface_hub.HfApi().repo_info(
+                "/".join(name.split("/")[:2]), repo_type=what.replace(" ", ""), timeout=TIMEOUT
+            )
         except (errors.HfHubHTTPError, errors.HFValidationError):
             raise
         except Exception as error:
-            absent = isinstance(found, (FileNotFoundError, ConnectionError)) and not isinstance(found, errors.IncompleteSnapshotError)
-            state = f"is not in {home}" if absent else f"in {home} cannot be used ({one_line(found)})"
+            absent = isinstance(found, (FileNotFoundError, ConnectionError)) and not isinstance(
+                found, errors.IncompleteSnapshotError
+            )
+            state = (
+                f"is not in {home}" if absent else f"in {home} cannot be used ({one_line(found)})"
+            )
             offline = isinstance(error, errors.OfflineModeIsEnabled)
-            reason = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {one_line(error)}"
-            raise HubError(f"{name} {state}, and the hub cannot be reached ({reason}): run {command} with internet access, "
-                           "then copy or share HF_HOME") from None
+            reason = (
+                "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {one_line(error)}"
+            )
+            raise HubError(
+                f"{name} {state}, and the hub cannot be reached ({reason}): run {command} with internet access, "
+                "then copy or share HF_HOME"
+            ) from None
         os.makedirs(home, exist_ok=True)
         with lock:
             try:
@@ -219,23 +299,33 @@ def _fetch(kind, name, cached, fetched):
     except Exception as error:
         login = "`hf auth login` or set HF_TOKEN"
         if isinstance(error, errors.GatedRepoError) or "gated dataset" in str(error):
-            advice = f"{name} is gated: ask for access on its page on the hub, then log in with {login}"
+            advice = (
+                f"{name} is gated: ask for access on its page on the hub, then log in with {login}"
+            )
         elif isinstance(error, errors.RepositoryNotFoundError):
             advice = f"the hub has no {what} {name} that you may read: check the name; for a private one log in with {login}"
         else:
             advice = f"{name} cannot be loaded: {one_line(error.__cause__ or error)}"
-            advice += "" if isinstance(error, ValueError) else f"; if the download broke off, {command} goes on with it"
+            advice += (
+                ""
+                if isinstance(error, ValueError)
+                else f"; if the download broke off, {command} goes on with it"
+            )
         raise HubError(advice) from None
 
 
 def one_line(error):
     """The text of an error in one line of bounded length, without the libraries' advice."""
-    text = re.split(r"\. Outgoing traffic|\n *Example of usage", str(error) or type(error).__name__)[0]
+    text = re.split(
+        r"\. Outgoing traffic|\n *Example of usage", str(error) or type(error).__name__
+    )[0]
     return " ".join(text.split())[:300]
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="hub.py", description="Fetch a model, a data set or the benchmarks into HF_HOME.")
+    parser = argparse.ArgumentParser(
+        prog="hub.py", description="Fetch a model, a data set or the benchmarks into HF_HOME."
+    )
     parser.add_argument("--model", metavar="NAME", help="OWNER/NAME, or NAME of a well-known owner")
     parser.add_argument("--data", metavar="NAME", help="OWNER/NAME, or OWNER/NAME/CONFIG")
     parser.add_argument("--split", default="train", help="split of --data [default train]")
@@ -249,9 +339,12 @@ def main(argv=None) -> int:
             print(f"{args.model}: {model_folder(args.model)}")
         if args.data:
             rows = dataset_rows(args.data, args.split)
-            print(f"{args.data}: {len(rows)} rows in split {args.split}, columns {', '.join(rows.column_names)}")
+            print(
+                f"{args.data}: {len(rows)} rows in split {args.split}, columns {', '.join(rows.column_names)}"
+            )
         if args.benchmarks:
-            import data
+            from infra import data
+
             for name in data.BENCHMARKS:
                 print(f"{name}: {len(data.load_benchmark(name))} problems")
     except ValueError as error:

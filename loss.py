@@ -37,7 +37,9 @@ Where this departs from the paper, or fills in what it leaves open:
 
 import torch
 
-LOG_RATIO_MAX = 20.0  # nats; e^20 = 4.9e8, finite in float32 and bfloat16 together with its gradient
+LOG_RATIO_MAX = (
+    20.0  # nats; e^20 = 4.9e8, finite in float32 and bfloat16 together with its gradient
+)
 ESTIMATORS = ("k1", "k2", "k3")
 MODES = ("token", "sequence", "constant")
 
@@ -57,7 +59,11 @@ def mix_ppg(logp, logp_old, logp_behavior, advantages, clip_low=0.2, clip_high=0
         clipped_high    1 where A > 0 and r > c + clip_high, else 0: the token has no gradient
         clipped_low     1 where A < 0 and r < c − clip_low, else 0: the token has no gradient
     """
-    logp_old, logp_behavior, advantages = logp_old.detach(), logp_behavior.detach(), advantages.detach()
+    logp_old, logp_behavior, advantages = (
+        logp_old.detach(),
+        logp_behavior.detach(),
+        advantages.detach(),
+    )
     ratio = torch.exp((logp - logp_behavior).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX))  # (B, T)
     centre = torch.exp((logp_old - logp_behavior).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX))  # (B, T)
     low, high = centre - clip_low, centre + clip_high  # (B, T)
@@ -100,7 +106,9 @@ def kl(logp, logp_ref, estimator="k3"):
         return 0.5 * x.square()
     if estimator == "k3":
         x = x.clamp(min=-LOG_RATIO_MAX)
-        return torch.expm1(-x) + x  # expm1: e^(−x) − 1 + x in float32 would round to noise, even below 0, near x = 0
+        return (
+            torch.expm1(-x) + x
+        )  # expm1: e^(−x) − 1 + x in float32 would round to noise, even below 0, near x = 0
     raise ValueError(f"estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}")
 
 
@@ -127,7 +135,9 @@ def kl_lambda(step, start=50, every=10, drop=0.1, floor=0.5):
     """
     if every <= 0:
         raise ValueError(f"every {every}: λ falls once every so many steps, which must be positive")
-    drops = -(-max(step - start, 0) // every)  # ceiling division in integers: no float to round the wrong way
+    drops = -(
+        -max(step - start, 0) // every
+    )  # ceiling division in integers: no float to round the wrong way
     return float(max(round(1 - drop * drops, 10), floor))
 
 
@@ -163,7 +173,9 @@ def aggregate(per_token, mask, mode="token", denominator=None):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, per_token {tuple(per_token.shape)}")
     keep = mask != 0  # (B, T)
     tokens = keep.sum(-1)  # (B,)
-    sums = torch.where(keep, per_token, 0.0).sum(-1)  # (B,); a product with the mask would keep NaN: 0·NaN = NaN
+    sums = torch.where(keep, per_token, 0.0).sum(
+        -1
+    )  # (B,); a product with the mask would keep NaN: 0·NaN = NaN
     if mode == "sequence":
         total, count = (sums / tokens.clamp(min=1)).sum(), (tokens > 0).sum()
     else:

@@ -13,14 +13,20 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from distributed import gather
+from infra.ranks import gather
 
 
 def pretrained(kind, folder, empty):
@@ -28,7 +34,9 @@ def pretrained(kind, folder, empty):
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else the critic's backbone reports the head that it does not want
     if not empty:
-        return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+        return kind.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return kind.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
@@ -62,8 +70,10 @@ class Policy(nn.Module):
         """ids (b, L), where, tokens, mask (b, T) -> logp, entropy (b, T), 0 where mask is False."""
         hidden = self.lm.model(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, H)
         hidden, tokens = response_rows(hidden, where, mask), tokens[mask]  # (n, H), (n,)
-        chunks = [checkpoint(self.head, h, t, use_reentrant=False)
-                  for h, t in zip(hidden.split(self.chunk_tokens), tokens.split(self.chunk_tokens))]
+        chunks = [
+            checkpoint(self.head, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(self.chunk_tokens), tokens.split(self.chunk_tokens))
+        ]
         logp, entropy = (torch.cat(parts) for parts in zip(*chunks))
         return scatter(logp, mask), scatter(entropy, mask)
 
@@ -139,9 +149,12 @@ def collate(samples, device, fields=()):
     prompts, responses = [s["prompt"] for s in samples], [s["response"] for s in samples]
     inputs = dict(
         ids=pad([torch.cat(pair) for pair in zip(prompts, responses)]),
-        where=pad([torch.arange(len(p) - 1, len(p) + len(r) - 1) for p, r in zip(prompts, responses)]),
+        where=pad(
+            [torch.arange(len(p) - 1, len(p) + len(r) - 1) for p, r in zip(prompts, responses)]
+        ),
         tokens=pad(responses),
-        mask=pad([torch.ones(len(r), dtype=torch.bool) for r in responses]))
+        mask=pad([torch.ones(len(r), dtype=torch.bool) for r in responses]),
+    )
     return inputs, {field: pad([s[field] for s in samples]) for field in fields}
 
 
@@ -156,15 +169,23 @@ class Learner:
         self.cfg, self.ranks, self.module, self.lr = cfg, ranks, module, lr
         weights = module.state_dict() if ranks.first else {}
         module.to("meta")
-        self.names = set(module.lm.state_dict()) if isinstance(module, Policy) else None  # what the engine must receive
+        self.names = (
+            set(module.lm.state_dict()) if isinstance(module, Policy) else None
+        )  # what the engine must receive
         cuda, offload = ranks.device.type == "cuda", cfg.offload_optimizer
         # HSDP: gradients are averaged over the nodes ("replicate"), everything else stays within a node ("shard")
         nodes = ranks.world // ranks.local_world
         shape = (nodes, ranks.local_world) if cfg.hsdp and nodes > 1 else (ranks.world,)
         sharding = dict(
-            mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]), reshard_after_forward=True,
-            mp_policy=MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32),
-            offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy())
+            mesh=init_device_mesh(
+                ranks.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
+            ),
+            reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32
+            ),
+            offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
+        )
         if isinstance(module, Policy):
             module.lm.tie_weights()
         for layer in module.backbone.layers:
@@ -174,10 +195,21 @@ class Learner:
         fully_shard(module, **sharding)  # the root too reshards after forward: see swapped()
         module.to_empty(device="cpu" if offload else ranks.device)
         rotary = module.backbone.rotary_emb
-        module.backbone.rotary_emb = type(rotary)(config=rotary.config).to(ranks.device)  # its frequencies are in no checkpoint
-        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, cfg.adam_beta2), weight_decay=cfg.weight_decay,
-                                           fused=cuda or offload or None)  # no copy of the moments on a GPU; fast in host memory
+        module.backbone.rotary_emb = type(rotary)(config=rotary.config).to(
+            ranks.device
+        )  # its frequencies are in no checkpoint
+        set_model_state_dict(
+            module,
+            weights,
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+        )
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=lr,
+            betas=(0.9, cfg.adam_beta2),
+            weight_decay=cfg.weight_decay,
+            fused=cuda or offload or None,
+        )  # no copy of the moments on a GPU; fast in host memory
 
     def my_micro_batches(self, samples):
         """This rank's micro-batches of a list of samples that every rank holds: lists of indices, as many on each rank."""
@@ -193,7 +225,9 @@ class Learner:
         for indices in progress(self.my_micro_batches(samples)):
             inputs, _ = collate([samples[i] for i in indices], self.ranks.device)
             rows = self.module(**inputs)[0].float().cpu()  # (b, T)
-            mine.update({i: row[:len(samples[i]["response"])].clone() for i, row in zip(indices, rows)})
+            mine.update(
+                {i: row[: len(samples[i]["response"])].clone() for i, row in zip(indices, rows)}
+            )
         found = {}
         for part in gather(mine):
             found.update(part)

@@ -13,8 +13,10 @@ from pathlib import Path
 from reward import canonical
 
 # Self-reflection keywords of the authors' evaluation code, matched as they do: substrings of the lower-cased response.
-REFLECTION = ("verify re-examine double-check why validate abduct question check but wait confirm scrutinize analyze investigate "
-              "probe").split() + ["root cause"]
+REFLECTION = (
+    "verify re-examine double-check why validate abduct question check but wait confirm scrutinize analyze investigate "
+    "probe"
+).split() + ["root cause"]
 
 # The paper's benchmarks in its order, and what its authors publish (README of github.com/AnitaLeungxx/ReMix-Off-Policy-RFT): greedy / T = 0.1
 # (the mean of 32 runs on aime24 and amc), at most 8192 tokens. The means that we print are those of the cells: of the published means at T = 0.1,
@@ -33,7 +35,8 @@ PUBLISHED = {
         "L1-Exact": "23.33/25.10 71.08/66.57 84.00/84.20 29.41/26.84 44.59/44.3",
         "L1-Max": "20.00/23.13 69.88/66.79 83.00/84.00 29.04/27.57 46.37/44.44",
         "DeepScaleR": "40.00/31.96 65.06/63.58 83.20/81.20 29.04/26.1 43.41/41.33",
-        "ReMix-PPO (350 steps)": "36.67/29.08 69.88/64.04 82.00/83.80 30.15/29.04 41.78/42.67"},
+        "ReMix-PPO (350 steps)": "36.67/29.08 69.88/64.04 82.00/83.80 30.15/29.04 41.78/42.67",
+    },
     "DeepSeek-R1-Distill-Qwen-7B": {
         "DeepSeek-R1-Distill-Qwen-7B": "33.33/37.53 68.68/66.55 83.80/84.80 30.15/32.72 44.44/43.41",
         "ReasonFlux-F1": "20.00/20.19 54.22/53.07 77.20/79.60 29.04/31.99 37.04/38.81",
@@ -42,7 +45,8 @@ PUBLISHED = {
         "Polaris": "40.00/39.71 63.86/67.40 87.60/86.40 36.40/34.19 48.00/48.30",
         "AdaptThink": "46.67/47.62 75.90/74.20 87.60/87.00 33.46/34.56 50.22/50.52",
         "AceReason-Nemotron": "60.00/50.00 80.72/77.48 89.00/89.60 36.40/35.29 50.07/53.85",
-        "ReMix-PPO (75 steps)": "63.33/50.31 78.31/77.78 90.20/91.00 37.50/37.87 52.59/52.89"},
+        "ReMix-PPO (75 steps)": "63.33/50.31 78.31/77.78 90.20/91.00 37.50/37.87 52.59/52.89",
+    },
 }
 
 
@@ -63,7 +67,11 @@ def majority(rows):
 
     Right answers are one candidate however they are written, wrong ones where canonical() writes them alike. Who has no answer does not vote.
     """
-    votes = Counter(True if row["reward"] == 1 else canonical(row["judged"]) for row in rows if row["reward"] == 1 or row["judged"] is not None)
+    votes = Counter(
+        True if row["reward"] == 1 else canonical(row["judged"])
+        for row in rows
+        if row["reward"] == 1 or row["judged"] is not None
+    )
     first = [candidate for candidate, count in votes.items() if count == max(votes.values())]
     return (True in first) / len(first) if first else 0.0
 
@@ -87,28 +95,47 @@ def summarise(rows):
     error = math.sqrt(sum((m - score) ** 2 for m in means) / (n - 1) / n) if n > 1 else None
     verdicts = all(row["reward"] in (0, 1) for row in rows)
     right = [sum(row["reward"] == 1 for row in some) for some in problems.values()]
-    return {"pass@1": score, "standard_error": error, "n": n, "k": k,
-            "pass@k": {str(2 ** i): mean([pass_at_k(k, r, 2 ** i) for r in right]) for i in range(k.bit_length() if verdicts else 0)},
-            "maj@k": mean([majority(some) for some in problems.values()]) if verdicts else None,
-            "length_mean": mean([row["length"] for row in rows]), "truncated_share": mean([row["truncated"] for row in rows]),
-            "reflection_rate": mean([reflects(row["response"]) for row in rows]),
-            "unjudged_share": mean([row["reason"] not in (None, "wrong", "truncated") for row in rows]),
-            "unjudged": dict(Counter(row["reason"] for row in rows if row["reason"] not in (None, "wrong")))}
+    return {
+        "pass@1": score,
+        "standard_error": error,
+        "n": n,
+        "k": k,
+        "pass@k": {
+            str(2**i): mean([pass_at_k(k, r, 2**i) for r in right])
+            for i in range(k.bit_length() if verdicts else 0)
+        },
+        "maj@k": mean([majority(some) for some in problems.values()]) if verdicts else None,
+        "length_mean": mean([row["length"] for row in rows]),
+        "truncated_share": mean([row["truncated"] for row in rows]),
+        "reflection_rate": mean([reflects(row["response"]) for row in rows]),
+        "unjudged_share": mean([row["reason"] not in (None, "wrong", "truncated") for row in rows]),
+        "unjudged": dict(
+            Counter(row["reason"] for row in rows if row["reason"] not in (None, "wrong"))
+        ),
+    }
 
 
 def table(scores):
     """Lines of the console table: a row for each part of an evaluation, n always shown, in percent; then pass@k for the powers of two."""
     width = max(map(len, [*scores, "benchmark"]))
-    lines = [f"{'benchmark':<{width}} {'n':>4} {'k':>3} {'pass@1':>7} {'± s.e.':>7} {'maj@k':>7} {'tokens':>8} {'truncated':>9} "
-             f"{'reflect':>8} unjudged"]
+    lines = [
+        f"{'benchmark':<{width}} {'n':>4} {'k':>3} {'pass@1':>7} {'± s.e.':>7} {'maj@k':>7} {'tokens':>8} {'truncated':>9} "
+        f"{'reflect':>8} unjudged"
+    ]
     percent = lambda value: "-" if value is None else f"{100 * value:.2f}"  # noqa: E731
     for name, s in scores.items():
         reasons = ", ".join(f"{reason} {count}" for reason, count in s["unjudged"].items())
-        lines.append(f"{name:<{width}} {s['n']:>4} {s['k']:>3} {percent(s['pass@1']):>7} {percent(s['standard_error']):>7} "
-                     f"{percent(s['maj@k']):>7} {s['length_mean']:>8.1f} {100 * s['truncated_share']:>8.2f}% {100 * s['reflection_rate']:>7.2f}% "
-                     f"{reasons or '-'}")
-    return lines + [f"{name:<{width}} " + "  ".join(f"pass@{k} {100 * value:.2f}" for k, value in s["pass@k"].items())
-                    for name, s in scores.items() if s["k"] > 1 and s["pass@k"]]
+        lines.append(
+            f"{name:<{width}} {s['n']:>4} {s['k']:>3} {percent(s['pass@1']):>7} {percent(s['standard_error']):>7} "
+            f"{percent(s['maj@k']):>7} {s['length_mean']:>8.1f} {100 * s['truncated_share']:>8.2f}% {100 * s['reflection_rate']:>7.2f}% "
+            f"{reasons or '-'}"
+        )
+    return lines + [
+        f"{name:<{width}} "
+        + "  ".join(f"pass@{k} {100 * value:.2f}" for k, value in s["pass@k"].items())
+        for name, s in scores.items()
+        if s["k"] > 1 and s["pass@k"]
+    ]
 
 
 def published(scores, model, base):
@@ -122,15 +149,34 @@ def published(scores, model, base):
 
     def line(name, cells, form):
         mean = [sum(column) / len(cells) if None not in column else None for column in zip(*cells)]
-        return f"{name[:30]:<30}" + "".join(f" {'/'.join(format(x, form) if x is not None else '-' for x in pair):>14}" for pair in [*cells, mean])
+        return f"{name[:30]:<30}" + "".join(
+            f" {'/'.join(format(x, form) if x is not None else '-' for x in pair):>14}"
+            for pair in [*cells, mean]
+        )
 
-    ours = [tuple(100 * scores[part]["pass@1"] if part in scores else None for part in (f"{name} greedy", f"{name} T=0.1")) for name in PAPER]
-    lines = ["published (greedy/T=0.1; AMC is the set of 83; source: README of the authors' repository) and ours",
-             f"{'':<30}" + "".join(f" {name:>14}" for name in [*PAPER, "mean"])]
-    theirs = {name: [tuple(map(float, cell.split("/"))) for cell in row.split()] for name, row in rows.items()}
-    lines += [line(name, cells, ".2f") for name, cells in theirs.items()] + [line(f"ours: {Path(model).name}", ours, ".2f")]
+    ours = [
+        tuple(
+            100 * scores[part]["pass@1"] if part in scores else None
+            for part in (f"{name} greedy", f"{name} T=0.1")
+        )
+        for name in PAPER
+    ]
+    lines = [
+        "published (greedy/T=0.1; AMC is the set of 83; source: README of the authors' repository) and ours",
+        f"{'':<30}" + "".join(f" {name:>14}" for name in [*PAPER, "mean"]),
+    ]
+    theirs = {
+        name: [tuple(map(float, cell.split("/"))) for cell in row.split()]
+        for name, row in rows.items()
+    }
+    lines += [line(name, cells, ".2f") for name, cells in theirs.items()] + [
+        line(f"ours: {Path(model).name}", ours, ".2f")
+    ]
     for name in [name for name in rows if name == Path(base).name or name.startswith("ReMix")]:
-        difference = [tuple(None if o is None else o - t for o, t in zip(*pair)) for pair in zip(ours, theirs[name])]
+        difference = [
+            tuple(None if o is None else o - t for o, t in zip(*pair))
+            for pair in zip(ours, theirs[name])
+        ]
         lines.append(line(f"ours - {name}", difference, "+.2f"))
     return lines
 
@@ -146,46 +192,79 @@ def compare(first, second, resamples=10_000):
         try:
             files.append(json.loads(path.read_text()))
             problems, _ = files[-1]["problems"], files[-1]["settings"].items()
-            if not all(isinstance(score, (int, float)) for part in problems.values() for score in part.values()):
+            if not all(
+                isinstance(score, (int, float))
+                for part in problems.values()
+                for score in part.values()
+            ):
                 raise ValueError("a score is no number")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: no results.json of eval.py ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{path}: no results.json of eval.py ({type(error).__name__}: {error})"
+            ) from None
     a, b = files
     names = [name for name in a["problems"] if name in b["problems"]]
     if not names:
-        raise ValueError(f"nothing to compare: {first} is on {', '.join(a['problems'])}, {second} on {', '.join(b['problems'])}")
+        raise ValueError(
+            f"nothing to compare: {first} is on {', '.join(a['problems'])}, {second} on {', '.join(b['problems'])}"
+        )
     lines, width = [], max(map(len, [*names, "benchmark", "mean"]))
+
     def differ(what, one, other, names):
         for name in names:
             if one.get(name) != other.get(name):
-                lines.append(f"they differ in {what}{name} too: {one.get(name)} and {other.get(name)}")
+                lines.append(
+                    f"they differ in {what}{name} too: {one.get(name)} and {other.get(name)}"
+                )
 
     differ("", a["settings"], b["settings"], ("max_response", "seed", "dtype"))
-    differ("the version of ", *(one["settings"].get("versions", {}) for one in files), ("vllm", "math_verify"))
+    differ(
+        "the version of ",
+        *(one["settings"].get("versions", {}) for one in files),
+        ("vllm", "math_verify"),
+    )
     for name in names:
         one, other = (file["settings"].get("parts", {}).get(name, {}) for file in files)
         differ(f"{name}'s ", one, other, ("k", "temperature", "template", "style"))
-        if one.get("problems") != other.get("problems") and not (one["skipped"] or other["skipped"]):
-            raise ValueError(f"nothing to compare: {name} is other problems in {first} than in {second}")
-    lines.append(f"{'benchmark':<{width}} {'n':>4} {'first':>7} {'second':>7} {'difference':>10} {'95 % interval':>17}")
+        if one.get("problems") != other.get("problems") and not (
+            one["skipped"] or other["skipped"]
+        ):
+            raise ValueError(
+                f"nothing to compare: {name} is other problems in {first} than in {second}"
+            )
+    lines.append(
+        f"{'benchmark':<{width}} {'n':>4} {'first':>7} {'second':>7} {'difference':>10} {'95 % interval':>17}"
+    )
     rng, rows = np.random.default_rng(0), []
     for name in names:
         both = [id for id in a["problems"][name] if id in b["problems"][name]]
         alone = len(a["problems"][name].keys() ^ b["problems"][name].keys())
         if not both:
             raise ValueError(f"nothing to compare: no problem of {name} is in both")
-        pair = 100 * np.array([[part["problems"][name][id] for id in both] for part in (a, b)])  # (2, n)
+        pair = 100 * np.array(
+            [[part["problems"][name][id] for id in both] for part in (a, b)]
+        )  # (2, n)
         difference = pair[1] - pair[0]  # (n,)
-        means = difference[rng.integers(len(both), size=(resamples, len(both)))].mean(axis=1)  # (resamples,)
+        means = difference[rng.integers(len(both), size=(resamples, len(both)))].mean(
+            axis=1
+        )  # (resamples,)
         rows.append((name, len(both), *pair.mean(axis=1), difference.mean(), means))
         if alone:
             lines.insert(0, f"{name}: {alone} problems are in one of the two only, and left out")
     if len(rows) > 1:
-        rows.append(("mean", sum(row[1] for row in rows), *(sum(row[i] for row in rows) / len(rows) for i in range(2, 6))))
+        rows.append(
+            (
+                "mean",
+                sum(row[1] for row in rows),
+                *(sum(row[i] for row in rows) / len(rows) for i in range(2, 6)),
+            )
+        )
     for name, n, x, y, difference, means in rows:
         low, high = np.percentile(means, [2.5, 97.5])
         verdict = "" if low > 0 or high < 0 else "  may be chance" if low < high else "  the same"
-        lines.append(f"{name:<{width}} {n:>4} {x:>7.2f} {y:>7.2f} {difference:>+10.2f} {f'[{low:+.2f}, {high:+.2f}]':>17}{verdict}")
+        lines.append(
+            f"{name:<{width}} {n:>4} {x:>7.2f} {y:>7.2f} {difference:>+10.2f} {f'[{low:+.2f}, {high:+.2f}]':>17}{verdict}"
+        )
     return lines
 
 
@@ -197,10 +276,22 @@ def chart(scores, path, title):
     axis = figure.subplots()
     heights = [100 * s["pass@1"] for s in scores.values()]
     errors = [100 * (s["standard_error"] or 0) for s in scores.values()]
-    bars = axis.bar([f"{name}\nn = {s['n']}, k = {s['k']}" for name, s in scores.items()], heights, width=0.6, color="#0072B2", alpha=0.85,
-                    yerr=errors, capsize=4)
-    axis.bar_label(bars, [f"{height:.1f}" for height in heights], label_type="center", color="white")
-    axis.set(ylabel="pass@1 (%), ± standard error", ylim=(0, max(1, 1.15 * max(map(sum, zip(heights, errors))))))
+    bars = axis.bar(
+        [f"{name}\nn = {s['n']}, k = {s['k']}" for name, s in scores.items()],
+        heights,
+        width=0.6,
+        color="#0072B2",
+        alpha=0.85,
+        yerr=errors,
+        capsize=4,
+    )
+    axis.bar_label(
+        bars, [f"{height:.1f}" for height in heights], label_type="center", color="white"
+    )
+    axis.set(
+        ylabel="pass@1 (%), ± standard error",
+        ylim=(0, max(1, 1.15 * max(map(sum, zip(heights, errors))))),
+    )
     axis.set_title(title, loc="left", fontsize=10)
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)

@@ -25,9 +25,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # bad flags and --dry_run are answered here: the imports below take seconds
-    import config
+if (
+    __name__ == "__main__"
+):  # bad flags and --dry_run are answered here: the imports below take seconds
     import faults
+    from infra import config
+
     faults.guard()
     config.preflight(sys.argv[1:])
 
@@ -35,25 +38,43 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import data
 import faults
 import replay
 from advantage import gae, group_advantages, vtrace, whiten
 from alarms import Alarms, agree, check_gap, held
 from buffer import RingBuffer
-from config import check_files, exit_bad_input, fresh_before, preflight, schedule
-from distributed import gather, start
 from eval import evaluate
+from infra import checkpoint, data
+from infra.config import check_files, exit_bad_input, fresh_before, preflight, schedule
+from infra.metrics import (
+    Meter,
+    Recorder,
+    append,
+    best_evaluation,
+    measure,
+    rewrite,
+    step_metrics,
+    truncate,
+)
+from infra.ranks import gather, start
 from loss import aggregate, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
-from metrics import Meter, Recorder, append, best_evaluation, measure, rewrite, step_metrics, truncate
 from model import Critic, Learner, Policy, collate
 from prepare import prepare
 from reward import Judge
 from rollout import Engine, request_seed, stop_tokens
 from score import reflects, summarise
 
-STORED = ("prompt", "response", "logp_sampler", "logp_behavior", "logp_base", "version", "prompt_index", "reward", "advantage")
+STORED = (
+    "prompt",
+    "response",
+    "logp_sampler",
+    "logp_behavior",
+    "logp_base",
+    "version",
+    "prompt_index",
+    "reward",
+    "advantage",
+)
 
 
 def main(argv=None):
@@ -63,7 +84,9 @@ def main(argv=None):
     faults.Here.out = cfg.out
     try:
         folder, tokenizer, problems, parts = prepare(cfg, say)
-        os.makedirs(cfg.out, exist_ok=True)  # what cannot be written to is known now, not after the first step
+        os.makedirs(
+            cfg.out, exist_ok=True
+        )  # what cannot be written to is known now, not after the first step
         if os.environ.get("RANK", "0") == "0":
             faults.hold(cfg.out, say=say)
             check_files(cfg)  # again: another run may have begun here in the meantime
@@ -87,11 +110,17 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
     if cfg.replay:
         engine = judge = replay.Replay(folder, cfg, ranks)  # responses and verdicts of another run
     else:  # the engine first: it measures what memory is free, then sleeps while the trainer fills it
-        engine = Engine(folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer))
-    policy = Learner(Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks)
+        engine = Engine(
+            folder, cfg.max_prompt + cfg.max_response, cfg, ranks, stop=stop_tokens(tokenizer)
+        )
+    policy = Learner(
+        Policy(folder, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first), cfg.lr, cfg, ranks
+    )
     learners = {"policy": policy}
     if cfg.advantage == "gae":
-        learners["critic"] = Learner(Critic(folder, empty=not ranks.first), cfg.critic_lr, cfg, ranks)
+        learners["critic"] = Learner(
+            Critic(folder, empty=not ranks.first), cfg.critic_lr, cfg, ranks
+        )
     buffer, prompts, done = RingBuffer(cfg.window), data.PromptStream(problems, cfg.seed), 0
     snapshots = {"base": policy.snapshot()} if cfg.beta > 0 else {}
     if cfg.resume:
@@ -111,19 +140,40 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
             return {}
         with recorder.clock("eval"):
             wake(version)
-            found = {name: summarise(evaluate(engine, judge, tokenizer, part, version, cfg.eval_k, cfg.eval_temperature, cfg.max_response,
-                                              cfg.style if name in data.BENCHMARKS else cfg.reward or cfg.style, cfg.seed))
-                     for name, part in parts.items()}
+            found = {
+                name: summarise(
+                    evaluate(
+                        engine,
+                        judge,
+                        tokenizer,
+                        part,
+                        version,
+                        cfg.eval_k,
+                        cfg.eval_temperature,
+                        cfg.max_response,
+                        cfg.style if name in data.BENCHMARKS else cfg.reward or cfg.style,
+                        cfg.seed,
+                    )
+                )
+                for name, part in parts.items()
+            }
             engine.sleep()
-        mean = {key: sum(summary[key] for summary in found.values()) / len(found) for key in ("pass@1", "length_mean", "truncated_share", "unjudged_share")}
-        return {"eval_accuracy": mean.pop("pass@1"), "eval_accuracy_by_part": {name: summary["pass@1"] for name, summary in found.items()}} | {
-            f"eval_{key}": value for key, value in mean.items()}
+        mean = {
+            key: sum(summary[key] for summary in found.values()) / len(found)
+            for key in ("pass@1", "length_mean", "truncated_share", "unjudged_share")
+        }
+        return {
+            "eval_accuracy": mean.pop("pass@1"),
+            "eval_accuracy_by_part": {name: summary["pass@1"] for name, summary in found.items()},
+        } | {f"eval_{key}": value for key, value in mean.items()}
 
     stopped = None
     if done == 0:
         evaluated = score(0)
         if evaluated:
-            recorder.write({"step": 0, "version": 0, "phase": "evaluation", "total_rollouts": 0} | evaluated)
+            recorder.write(
+                {"step": 0, "version": 0, "phase": "evaluation", "total_rollouts": 0} | evaluated
+            )
 
     for step in range(done + 1, cfg.steps + 1):
         plan, version = schedule(cfg, step), step - 1
@@ -136,8 +186,17 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
                 fresh = generate(engine, asked, version, cfg)
                 engine.sleep()
             # 2 verify, in the background
-            mine = [sample | {"response": text} for sample, text in decoded(tokenizer, fresh[ranks.rank::ranks.world])]
-            pending = judge.submit([(s["response"], s["answer"], cfg.reward or cfg.style) for s in mine if not s["truncated"]])
+            mine = [
+                sample | {"response": text}
+                for sample, text in decoded(tokenizer, fresh[ranks.rank :: ranks.world])
+            ]
+            pending = judge.submit(
+                [
+                    (s["response"], s["answer"], cfg.reward or cfg.style)
+                    for s in mine
+                    if not s["truncated"]
+                ]
+            )
             # 3 draw history
             drawn = buffer.sample(plan.history, version, random.Random(f"{cfg.seed}/draw/{step}"))
             history = [dict(sample) for group in drawn for sample in group]
@@ -146,14 +205,20 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
             with recorder.clock("logprobs"):
                 frozen_log_probs(policy, batch, version, lam, snapshots, cfg, progress)
                 if "critic" in learners:
-                    for sample, values in zip(batch, learners["critic"].predict(batch, partial(progress, desc="values"))):
+                    for sample, values in zip(
+                        batch, learners["critic"].predict(batch, partial(progress, desc="values"))
+                    ):
                         sample["values"] = values
-            gap = torch.cat([(s["logp_old"] - s["logp_sampler"]).abs() for s in fresh])  # (fresh tokens,)
+            gap = torch.cat(
+                [(s["logp_old"] - s["logp_sampler"]).abs() for s in fresh]
+            )  # (fresh tokens,)
             check_gap(gap.mean().item(), version, cfg)
             with recorder.clock("reward_wait"):
                 verdicts = collect(mine, pending.result())
                 for i, sample in enumerate(fresh):
-                    sample["reward"], sample["reason"], sample["reflects"] = verdicts[i % ranks.world][i // ranks.world]
+                    sample["reward"], sample["reason"], sample["reflects"] = verdicts[
+                        i % ranks.world
+                    ][i // ranks.world]
             if cfg.dump_rollouts and ranks.first:
                 replay.dump(out / "rollouts", step, tokenizer, fresh, cfg)
             alarms.responses(fresh, step)
@@ -163,34 +228,56 @@ def train(cfg, folder, tokenizer, problems, parts, judge, ranks, say):
             meter, skipped = Meter(), 0
             with recorder.clock("update"):
                 scale = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
-                if "base" in snapshots and cfg.anchor == "prev" and weight_of_base(cfg, step + 1) < 1:
-                    snapshots.pop("prev", None)  # its log-probs are known: one precedent in memory, not two
-                    snapshots["prev"] = policy.snapshot()  # pi_k, before it changes: the next step's pi_{k-1}
-                for i, minibatch in enumerate(progress(list(minibatches(batch, plan.utd, cfg, step)), desc="updates"), 1):
+                if (
+                    "base" in snapshots
+                    and cfg.anchor == "prev"
+                    and weight_of_base(cfg, step + 1) < 1
+                ):
+                    snapshots.pop(
+                        "prev", None
+                    )  # its log-probs are known: one precedent in memory, not two
+                    snapshots["prev"] = (
+                        policy.snapshot()
+                    )  # pi_k, before it changes: the next step's pi_{k-1}
+                for i, minibatch in enumerate(
+                    progress(list(minibatches(batch, plan.utd, cfg, step)), desc="updates"), 1
+                ):
                     norms = update(learners, minibatch, lam, version, scale, meter, cfg)
                     skipped += alarms.skipped(norms, step, i)
             # 7 push the fresh groups; reincarnation at T
             if plan.phase == "mixed":
                 stored = [{key: sample[key] for key in STORED if key in sample} for sample in fresh]
-                buffer.push(version, [stored[i:i + cfg.group_size] for i in range(0, len(stored), cfg.group_size)])
+                buffer.push(
+                    version,
+                    [stored[i : i + cfg.group_size] for i in range(0, len(stored), cfg.group_size)],
+                )
             if step == cfg.reincarnate:
                 buffer = RingBuffer(cfg.window)  # the cached base log-probs go with it
                 if cfg.beta > 0:
                     snapshots["base"] = policy.snapshot()
                 say(f"reincarnation after step {step}: base <- policy, history off")
         if ranks.first:
-            write_samples(out, step, tokenizer, fresh[:cfg.samples])
+            write_samples(out, step, tokenizer, fresh[: cfg.samples])
         evaluated = score(step)
         if evaluated and evaluated["eval_accuracy"] > best:
             best = evaluated["eval_accuracy"]
             with recorder.clock("save"):
                 checkpoint.export(out / "best", folder, policy, tokenizer, cfg, ranks)
-        recorder.write(step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg) | evaluated | {
-            "lr": cfg.lr * scale, "epoch": fresh_before(cfg, step) / len(problems), "skipped_updates": skipped})
+        recorder.write(
+            step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg)
+            | evaluated
+            | {
+                "lr": cfg.lr * scale,
+                "epoch": fresh_before(cfg, step) / len(problems),
+                "skipped_updates": skipped,
+            }
+        )
         stopped = recorder.stop(step)
         if stopped or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
             agree(cfg, step=step, history=held(buffer))
-            with recorder.clock("save"):  # counted in the next step's line: this one's must stand before its checkpoint does
+            with recorder.clock(
+                "save"
+            ):  # counted in the next step's line: this one's must stand before its checkpoint does
                 checkpoint.save(cfg.out, step, learners, snapshots, buffer, cfg.keep, ranks)
         if stopped:
             say(f"stopped after step {step}: {stopped}; --resume goes on")
@@ -213,8 +300,16 @@ def open_run(cfg, done):
     if path.exists() and not cfg.resume:
         raise RuntimeError(f"another run has begun in {out} since this one was started")
     earlier = json.loads(path.read_text()).get("argv", []) if path.exists() else []
-    text = json.dumps({"values": asdict(cfg), "sources": cfg.sources, "fingerprint": cfg.fingerprint, "torch": torch.__version__,
-                       "argv": [*earlier, sys.argv[1:]]}, indent=1)
+    text = json.dumps(
+        {
+            "values": asdict(cfg),
+            "sources": cfg.sources,
+            "fingerprint": cfg.fingerprint,
+            "torch": torch.__version__,
+            "argv": [*earlier, sys.argv[1:]],
+        },
+        indent=1,
+    )
     rewrite(path, text)
     checkpoint.sweep(out)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -230,25 +325,48 @@ def weight_of_base(cfg, step):
 def generate(engine, asked, version, cfg):
     """group_size responses to each (position, problem) of `asked` -> list of samples, group after group, the same on every rank."""
     wanted = [(index, problem, i) for index, problem in asked for i in range(cfg.group_size)]
-    responses = engine.generate([problem["prompt_ids"] for _, problem, _ in wanted],
-                                [request_seed(cfg.seed, version, index, i) for index, _, i in wanted],
-                                version, cfg.temperature, cfg.max_response)
-    return [response | {"prompt": torch.tensor(problem["prompt_ids"]), "version": version, "prompt_index": index, "answer": problem["answer"]}
-            for (index, problem, _), response in zip(wanted, responses)]
+    responses = engine.generate(
+        [problem["prompt_ids"] for _, problem, _ in wanted],
+        [request_seed(cfg.seed, version, index, i) for index, _, i in wanted],
+        version,
+        cfg.temperature,
+        cfg.max_response,
+    )
+    return [
+        response
+        | {
+            "prompt": torch.tensor(problem["prompt_ids"]),
+            "version": version,
+            "prompt_index": index,
+            "answer": problem["answer"],
+        }
+        for (index, problem, _), response in zip(wanted, responses)
+    ]
 
 
 def decoded(tokenizer, samples):
-    return [(sample, tokenizer.decode(sample["response"], skip_special_tokens=True)) for sample in samples]
+    return [
+        (sample, tokenizer.decode(sample["response"], skip_special_tokens=True))
+        for sample in samples
+    ]
 
 
 def collect(mine, verdicts):
     """Verdicts on this rank's responses -> gathered lists of (reward, reason, reflects), one list a rank. A collective."""
     verdicts = iter(verdicts)
-    return gather([(0.0, "truncated", reflects(s["response"])) if s["truncated"] else (*next(verdicts), reflects(s["response"])) for s in mine])
+    return gather(
+        [
+            (0.0, "truncated", reflects(s["response"]))
+            if s["truncated"]
+            else (*next(verdicts), reflects(s["response"]))
+            for s in mine
+        ]
+    )
 
 
 def frozen_log_probs(policy, batch, version, lam, snapshots, cfg, progress):
     """Step 4: logp_old on every sample, logp_base and logp_prev where the loss needs them and nobody knows them yet."""
+
     def predict(samples, name):
         for sample, logp in zip(samples, policy.predict(samples, partial(progress, desc=name))):
             sample[name] = logp  # (T,)
@@ -258,8 +376,12 @@ def frozen_log_probs(policy, batch, version, lam, snapshots, cfg, progress):
         if sample["version"] == version:
             sample["logp_behavior"] = sample["logp_old"]  # the trainer's own, never the engine's
     if "base" in snapshots:
-        unknown = [sample for sample in batch if "logp_base" not in sample]  # history has it from when it was fresh
-        if version == (cfg.reincarnate if 0 < cfg.reincarnate <= version else 0):  # pi_k is the base itself
+        unknown = [
+            sample for sample in batch if "logp_base" not in sample
+        ]  # history has it from when it was fresh
+        if version == (
+            cfg.reincarnate if 0 < cfg.reincarnate <= version else 0
+        ):  # pi_k is the base itself
             for sample in unknown:
                 sample["logp_base"] = sample["logp_old"]
         else:
@@ -281,7 +403,9 @@ def batch_advantages(batch, cfg):
     if cfg.advantage == "group":
         fresh = [sample for sample in batch if "advantage" not in sample]
         rewards = torch.tensor([s["reward"] for s in fresh], dtype=torch.float32)  # (B,)
-        for sample, a in zip(fresh, group_advantages(rewards, torch.tensor([s["prompt_index"] for s in fresh]))):
+        for sample, a in zip(
+            fresh, group_advantages(rewards, torch.tensor([s["prompt_index"] for s in fresh]))
+        ):
             sample["advantage"] = a.item()
         for sample in batch:
             sample["advantages"] = torch.full_like(sample["logp_old"], sample["advantage"])  # (T,)
@@ -294,7 +418,15 @@ def batch_advantages(batch, cfg):
     if cfg.history_advantage == "gae":
         advantages, returns = gae(b["rewards"], b["values"], mask, cfg.gamma, cfg.gae_lambda)
     else:
-        advantages, returns = vtrace(b["rewards"], b["values"], b["logp_old"], b["logp_behavior"], mask, cfg.gamma, cfg.gae_lambda)
+        advantages, returns = vtrace(
+            b["rewards"],
+            b["values"],
+            b["logp_old"],
+            b["logp_behavior"],
+            mask,
+            cfg.gamma,
+            cfg.gae_lambda,
+        )
     for sample, a, r in zip(batch, whiten(advantages, mask), returns):
         n = len(sample["response"])
         sample["advantages"], sample["returns"] = a[:n], r[:n]
@@ -302,11 +434,11 @@ def batch_advantages(batch, cfg):
 
 def minibatches(batch, passes, cfg, step):
     """Step 6's order: each pass goes over all groups once, shuffled, `cfg.minibatch` groups at a time. Yields lists of samples."""
-    groups = [batch[i:i + cfg.group_size] for i in range(0, len(batch), cfg.group_size)]
+    groups = [batch[i : i + cfg.group_size] for i in range(0, len(batch), cfg.group_size)]
     for i in range(passes):
         order = random.Random(f"{cfg.seed}/minibatches/{step}/{i}").sample(groups, len(groups))
         for begin in range(0, len(order), cfg.minibatch):
-            yield [sample for group in order[begin:begin + cfg.minibatch] for sample in group]
+            yield [sample for group in order[begin : begin + cfg.minibatch] for sample in group]
 
 
 def update(learners, minibatch, lam, version, scale, meter, cfg):
@@ -317,25 +449,35 @@ def update(learners, minibatch, lam, version, scale, meter, cfg):
     """
     policy, critic = learners["policy"], learners.get("critic")
     tokens = sum(len(sample["response"]) for sample in minibatch)
-    denominator = {"token": tokens, "sequence": len(minibatch), "constant": len(minibatch) * cfg.max_response}[cfg.aggregate]
-    fields = ["logp_old", "logp_behavior", "advantages"] + [f for f in ("logp_base", "logp_prev", "values", "returns") if f in minibatch[0]]
+    denominator = {
+        "token": tokens,
+        "sequence": len(minibatch),
+        "constant": len(minibatch) * cfg.max_response,
+    }[cfg.aggregate]
+    fields = ["logp_old", "logp_behavior", "advantages"] + [
+        f for f in ("logp_base", "logp_prev", "values", "returns") if f in minibatch[0]
+    ]
     fields += ["logp_sampler"] if cfg.tis else []
     for indices in policy.my_micro_batches(minibatch):
         samples = [minibatch[i] for i in indices]
         inputs, b = collate(samples, policy.ranks.device, fields)
         mask = inputs["mask"]  # (b, T)
         logp, entropy = policy.module(**inputs)
-        loss, stats = mix_ppg(logp, b["logp_old"], b["logp_behavior"], b["advantages"], cfg.clip_low, cfg.clip_high)
+        loss, stats = mix_ppg(
+            logp, b["logp_old"], b["logp_behavior"], b["advantages"], cfg.clip_low, cfg.clip_high
+        )
         if cfg.tis:
             stats["tis"] = tis_weight(b["logp_behavior"], b["logp_sampler"], cfg.tis)  # (b, T)
             loss = loss * stats["tis"]
         meter.add("policy_loss", loss, mask)
         if "logp_base" in b:
-            loss = loss + cfg.beta * kl_convex(logp, b["logp_base"], b.get("logp_prev"), lam, cfg.kl_estimator)
+            loss = loss + cfg.beta * kl_convex(
+                logp, b["logp_base"], b.get("logp_prev"), lam, cfg.kl_estimator
+            )
         loss = loss - cfg.entropy * entropy
         policy.backward(aggregate(loss, mask, cfg.aggregate, denominator))
         if critic:
-            values, = critic.module(**inputs)
+            (values,) = critic.module(**inputs)
             loss = value_loss(values, b["values"], b["returns"], cfg.value_clip)
             meter.add("value_loss", loss, mask)
             critic.backward(aggregate(loss, mask, "token", tokens))
@@ -348,9 +490,23 @@ def update(learners, minibatch, lam, version, scale, meter, cfg):
 
 def write_samples(out, step, tokenizer, samples):
     """Some fresh responses of the step, for reading."""
-    append(out / "samples.jsonl", "".join(
-        json.dumps({"step": step, "prompt": tokenizer.decode(sample["prompt"]), "response": text, "answer": sample["answer"],
-                    "reward": sample["reward"], "reason": sample["reason"]}) + "\n" for sample, text in decoded(tokenizer, samples)))
+    append(
+        out / "samples.jsonl",
+        "".join(
+            json.dumps(
+                {
+                    "step": step,
+                    "prompt": tokenizer.decode(sample["prompt"]),
+                    "response": text,
+                    "answer": sample["answer"],
+                    "reward": sample["reward"],
+                    "reason": sample["reason"],
+                }
+            )
+            + "\n"
+            for sample, text in decoded(tokenizer, samples)
+        ),
+    )
 
 
 if __name__ == "__main__":

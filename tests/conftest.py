@@ -28,8 +28,13 @@ def problems_file(tmp_path_factory):
     with open(path, "w") as file:
         for _ in range(2000):
             a, b, c = (rng.randrange(2, 1000) for _ in range(3))
-            text = rng.choice((rf"What is $\frac{{{a}}}{{{b}}}$ of ${b * c}$?", f"Find the remainder when ${a * b}$ is divided by ${c}$.",
-                               f"A train covers ${a * b}$ kilometers in ${b}$ hours. How many kilometers does it cover in ${c}$ hours?"))
+            text = rng.choice(
+                (
+                    rf"What is $\frac{{{a}}}{{{b}}}$ of ${b * c}$?",
+                    f"Find the remainder when ${a * b}$ is divided by ${c}$.",
+                    f"A train covers ${a * b}$ kilometers in ${b}$ hours. How many kilometers does it cover in ${c}$ hours?",
+                )
+            )
             answer = {"W": a * c, "F": a * b % c, "A": a * c}[text[0]]
             file.write(json.dumps({"problem": text, "answer": str(answer)}) + "\n")
     return path
@@ -46,10 +51,19 @@ def small_model(problems_file, tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = [json.loads(line)["problem"] for line in open(problems_file, encoding="utf-8")]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, special_tokens=["<pad>", "<eos>", "<user>", "<assistant>"],
-                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=["<pad>", "<eos>", "<user>", "<assistant>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     chat = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant><think>\n"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=chat).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=chat
+    ).save_pretrained(folder)
     random_model("qwen2", folder)
     return folder
 
@@ -66,9 +80,20 @@ def random_model(kind, folder, tokenizer=None):
     torch.manual_seed(0)
     kind, _, tied = kind.partition(" ")
     config = AutoConfig.for_model(
-        kind, vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=64 if kind == "qwen3" else 32, max_position_embeddings=512, tie_word_embeddings=tied == "tied" or kind == "qwen3", eos_token_id=1,
-        pad_token_id=0, bos_token_id=None)
+        kind,
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64 if kind == "qwen3" else 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied == "tied" or kind == "qwen3",
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     if tokenizer:
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
@@ -79,14 +104,24 @@ def command_line(script, *args, ranks=None, launcher=None, env=None):
     list `launcher`."""
     launcher = launcher or (["--standalone", "--nproc_per_node", str(ranks)] if ranks else [])
     launcher = ["-m", "torch.distributed.run", *launcher] if launcher else []
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return dict(args=[sys.executable, *launcher, str(ROOT / script), *map(str, args)], cwd=ROOT, text=True,
-                env=clean | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    return dict(
+        args=[sys.executable, *launcher, str(ROOT / script), *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        env=clean | {"OMP_NUM_THREADS": "1"} | (env or {}),
+    )
 
 
 def command(script, *args, timeout=300, **how):
     """Run it (see command_line) to its end; returns the CompletedProcess with text output."""
-    return subprocess.run(**command_line(script, *args, **how), capture_output=True, timeout=timeout)
+    return subprocess.run(
+        **command_line(script, *args, **how), capture_output=True, timeout=timeout
+    )
 
 
 class Running:
@@ -94,7 +129,12 @@ class Running:
 
     def __init__(self, log, script, *args, **how):
         self.log = Path(log)
-        self.process = subprocess.Popen(**command_line(script, *args, **how), stdout=open(log, "w"), stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            **command_line(script, *args, **how),
+            stdout=open(log, "w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self.pid, self.torchrun = self.process.pid, bool(how.get("ranks"))
 
     @property
@@ -105,7 +145,9 @@ class Running:
         """Until `text` stands in the output."""
         end = time.monotonic() + seconds
         while text not in self.text:
-            assert self.process.poll() is None and time.monotonic() < end, f"{text!r} was awaited:\n{self.text[-4000:]}"
+            assert self.process.poll() is None and time.monotonic() < end, (
+                f"{text!r} was awaited:\n{self.text[-4000:]}"
+            )
             time.sleep(0.02)
         return self
 
@@ -150,21 +192,32 @@ def gone(pids, seconds=60):
 
 def metrics_of(folder, unfinished=False):
     """The lines of a run's metrics.jsonl; strict JSON. `unfinished`: a run that is going on may be writing its last."""
+
     def refuse(constant):
         raise ValueError(f"{constant} is not strict JSON")
+
     lines = open(Path(folder) / "metrics.jsonl").readlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines if line.endswith("\n") or not unfinished]
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in lines
+        if line.endswith("\n") or not unfinished
+    ]
 
 
 def comparable(line):
     """A metrics line without what depends on the machine."""
-    return {key: value for key, value in line.items() if not key.startswith(("seconds_", "tokens_per_second", "memory_"))}
+    return {
+        key: value
+        for key, value in line.items()
+        if not key.startswith(("seconds_", "tokens_per_second", "memory_"))
+    }
 
 
 @pytest.fixture(scope="session")
 def hub():
     """A hub on localhost (hub_server.Hub): hub.add(kind, name, folder), hub.requests, hub.env(home) for a process that shall use it."""
     from hub_server import Hub
+
     server = Hub()
     yield server
     server.close()
@@ -175,4 +228,8 @@ LONGEST = ["test_train.py", "test_real.py", "test_eval.py", "test_reward.py", "t
 
 def pytest_collection_modifyitems(items):
     """The longest files first: two processes take the files in this order (Makefile), and neither shall be left alone with one."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )

@@ -13,7 +13,9 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
-API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+API = re.compile(
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?"
+)
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -22,7 +24,9 @@ class Hub:
 
     def __init__(self):
         self.repos, self.gated, self.requests, self.delays = {}, set(), [], {}
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})
+        )
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -30,19 +34,36 @@ class Hub:
         """Serve `folder` as the `kind` ("models" or "datasets") of that OWNER/NAME; gated: its files are refused."""
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-        commit = hashlib.sha1(repr([(file, oid(data)) for file, data in files.items()]).encode()).hexdigest()
+        commit = hashlib.sha1(
+            repr([(file, oid(data)) for file, data in files.items()]).encode()
+        ).hexdigest()
         self.repos[kind, name] = commit, files
         (self.gated.add if gated else self.gated.discard)((kind, name))
 
     def downloads(self):
         """The files sent: paths of the GET requests for files."""
-        return [unquote(path) for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        return [
+            unquote(path)
+            for method, path in self.requests
+            if method == "GET" and "/resolve/" in path
+        ]
 
     def env(self, home, url=None):
         """Environment of a process that shall talk to this hub (or to `url`) and keep its cache in `home`."""
-        return {"HF_ENDPOINT": url or self.url, "HF_HOME": str(home), "HF_HUB_CACHE": f"{home}/hub",
-                "HF_DATASETS_CACHE": f"{home}/datasets", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_TOKEN": "", "NO_PROXY": "*", "no_proxy": "*"}
+        return {
+            "HF_ENDPOINT": url or self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": f"{home}/hub",
+            "HF_DATASETS_CACHE": f"{home}/datasets",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_TOKEN": "",
+            "NO_PROXY": "*",
+            "no_proxy": "*",
+        }
 
     def close(self):
         self.server.shutdown()
@@ -60,7 +81,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.hub.requests.append((self.command, self.path))
         url, length = urlsplit(self.path), int(self.headers.get("Content-Length") or 0)
-        path, query = unquote(url.path), parse_qs(self.rfile.read(length).decode() if length else url.query)
+        path, query = (
+            unquote(url.path),
+            parse_qs(self.rfile.read(length).decode() if length else url.query),
+        )
         if api := API.fullmatch(path):
             return self.answer_api(*api.groups(), query)
         if file := FILE.fullmatch(path):
@@ -77,17 +101,36 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(404, "RevisionNotFound")
         if what in (None, "revision"):
             siblings = [{"rfilename": file} for file in files]
-            return self.send(json.dumps({"id": name, "sha": commit, "private": False, "siblings": siblings}).encode())
-        rows = {file: {"type": "file", "path": file, "size": len(data), "oid": oid(data)} for file, data in files.items()}
+            return self.send(
+                json.dumps(
+                    {"id": name, "sha": commit, "private": False, "siblings": siblings}
+                ).encode()
+            )
+        rows = {
+            file: {"type": "file", "path": file, "size": len(data), "oid": oid(data)}
+            for file, data in files.items()
+        }
         for file in files:
             for folder in map(str, list(Path(file).parents)[:-1]):
-                rows[folder] = {"type": "directory", "path": folder, "size": 0, "oid": hashlib.sha1(folder.encode()).hexdigest()}
+                rows[folder] = {
+                    "type": "directory",
+                    "path": folder,
+                    "size": 0,
+                    "oid": hashlib.sha1(folder.encode()).hexdigest(),
+                }
         if what == "paths-info":
-            return self.send(json.dumps([rows[path] for path in query.get("paths", []) if path in rows]).encode())
+            return self.send(
+                json.dumps([rows[path] for path in query.get("paths", []) if path in rows]).encode()
+            )
         deep, under = query.get("recursive", ["false"])[0].lower() == "true", under or ""
-        inside = [row for path, row in rows.items()
-                  if os.path.dirname(path) == under or deep and path.startswith(under and under + "/")]
-        self.send(json.dumps(inside).encode()) if inside or not under else self.fail(404, "EntryNotFound")
+        inside = [
+            row
+            for path, row in rows.items()
+            if os.path.dirname(path) == under or deep and path.startswith(under and under + "/")
+        ]
+        self.send(json.dumps(inside).encode()) if inside or not under else self.fail(
+            404, "EntryNotFound"
+        )
 
     def answer_file(self, kind, name, revision, file):
         if (kind, name) not in self.hub.repos:
@@ -96,14 +139,27 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(403 if self.headers.get("Authorization") else 401, "GatedRepo")
         commit, files = self.hub.repos[kind, name]
         if revision not in ("main", commit) or file not in files:
-            return self.fail(404, "EntryNotFound" if revision in ("main", commit) else "RevisionNotFound")
+            return self.fail(
+                404, "EntryNotFound" if revision in ("main", commit) else "RevisionNotFound"
+            )
         if self.command == "GET":
             time.sleep(self.hub.delays.get(os.path.basename(file), 0))
-        self.send(files[file], {"ETag": f'"{oid(files[file])}"', "X-Repo-Commit": commit, "Content-Type": "application/octet-stream"})
+        self.send(
+            files[file],
+            {
+                "ETag": f'"{oid(files[file])}"',
+                "X-Repo-Commit": commit,
+                "Content-Type": "application/octet-stream",
+            },
+        )
 
     def send(self, data, headers=None, status=200):
         self.send_response(status)
-        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
+        for key, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(headers or {}),
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

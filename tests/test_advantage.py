@@ -35,9 +35,14 @@ def batch(seed, rows=4, length=6):
 def slow(rewards, values, trace, gamma, lam):
     """A_t = Σ_{j ≥ t} (γλ)^(j−t) · Π_{m = t+1 … j} c̄_m · δ_j and c̄_t·A_t + V_t, for lists of one response."""
     n = len(rewards)
-    delta = [rewards[j] + (gamma * values[j + 1] if j + 1 < n else 0.0) - values[j] for j in range(n)]
+    delta = [
+        rewards[j] + (gamma * values[j + 1] if j + 1 < n else 0.0) - values[j] for j in range(n)
+    ]
     advantages = [
-        sum((gamma * lam) ** (j - s) * math.prod(trace[s + 1 : j + 1]) * delta[j] for j in range(s, n))
+        sum(
+            (gamma * lam) ** (j - s) * math.prod(trace[s + 1 : j + 1]) * delta[j]
+            for j in range(s, n)
+        )
         for s in range(n)
     ]
     return advantages, [trace[s] * advantages[s] + values[s] for s in range(n)]
@@ -92,10 +97,15 @@ def test_gae_at_the_ends_of_lambda():
 
 
 @HYPOTHESIS
-@given(st.integers(0, 2**32), st.floats(0, 1), st.floats(0, 1), st.sampled_from([1.0, 0.5, 2.0, 0.0]))
+@given(
+    st.integers(0, 2**32), st.floats(0, 1), st.floats(0, 1), st.sampled_from([1.0, 0.5, 2.0, 0.0])
+)
 def test_vtrace_is_the_double_sum(seed, gamma, lam, c_bar):
     rewards, values, old, behavior, mask = batch(seed)
-    trace = [min(c_bar, math.exp(o) / math.exp(b)) for o, b in zip(old.flatten().tolist(), behavior.flatten().tolist())]
+    trace = [
+        min(c_bar, math.exp(o) / math.exp(b))
+        for o, b in zip(old.flatten().tolist(), behavior.flatten().tolist())
+    ]
     trace = torch.tensor(trace, dtype=F64).reshape(old.shape)
     expected = slow_batch(rewards, values, trace, mask, gamma, lam)
     for got, want in zip(vtrace(rewards, values, old, behavior, mask, gamma, lam, c_bar), expected):
@@ -128,7 +138,9 @@ def test_vtrace_does_not_overflow():
     rewards, values, mask = torch.ones(1, 3), torch.zeros(1, 3), torch.ones(1, 3)
     for c_bar in (1.0, math.inf):
         for gap in (1e4, -1e4):
-            out = vtrace(rewards, values, torch.full((1, 3), gap), torch.zeros(1, 3), mask, c_bar=c_bar)
+            out = vtrace(
+                rewards, values, torch.full((1, 3), gap), torch.zeros(1, 3), mask, c_bar=c_bar
+            )
             assert all(torch.isfinite(x).all() for x in out)
 
 
@@ -141,8 +153,14 @@ def test_padding_touches_nothing_and_comes_out_0(junk):
     dirty = [torch.where(mask != 0, x, junk) for x in clean]
     dirty[1] = torch.where(mask != 0, clean[1], -junk)  # inf − inf as well
     for function, n in ((gae, 2), (vtrace, 4)):
-        for got, want in zip(function(*dirty[:n], mask, 0.9, 0.8), function(*clean[:n], mask, 0.9, 0.8)):
-            assert torch.equal(got, want) and (got[mask == 0] == 0).all() and (got[mask != 0] != 0).all()
+        for got, want in zip(
+            function(*dirty[:n], mask, 0.9, 0.8), function(*clean[:n], mask, 0.9, 0.8)
+        ):
+            assert (
+                torch.equal(got, want)
+                and (got[mask == 0] == 0).all()
+                and (got[mask != 0] != 0).all()
+            )
 
 
 def test_more_padding_and_other_rows_change_nothing():
@@ -152,12 +170,19 @@ def test_more_padding_and_other_rows_change_nothing():
     order = torch.tensor([2, 0, 3, 1])
     for function, n in ((gae, 2), (vtrace, 4)):
         want = function(*inputs[:n], mask)
-        assert all(torch.equal(a[:, :6], b) and not a[:, 6:].any() for a, b in zip(function(*padded[:n], longer), want))
+        assert all(
+            torch.equal(a[:, :6], b) and not a[:, 6:].any()
+            for a, b in zip(function(*padded[:n], longer), want)
+        )
         permuted = function(*(x[order] for x in inputs[:n]), mask[order])
         assert all(torch.equal(a, b[order]) for a, b in zip(permuted, want))
         for b in range(4):  # one response at a time
-            assert all(torch.equal(x, y[b : b + 1]) for x, y in
-                       zip(function(*(x[b : b + 1] for x in inputs[:n]), mask[b : b + 1]), want))
+            assert all(
+                torch.equal(x, y[b : b + 1])
+                for x, y in zip(
+                    function(*(x[b : b + 1] for x in inputs[:n]), mask[b : b + 1]), want
+                )
+            )
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
@@ -186,7 +211,10 @@ def test_empty_batches(shape):
 
 
 @HYPOTHESIS
-@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-2, 2)), min_size=1, max_size=20), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.floats(-2, 2)), min_size=1, max_size=20),
+    st.booleans(),
+)
 def test_group_advantages_is_the_oracle(rows, normalize_std):
     ids, rewards = zip(*rows)
     expected = []
@@ -239,10 +267,13 @@ def test_whiten_is_the_oracle(seed, junk):
     valid = advantages[mask != 0].tolist()
     expected = torch.zeros_like(advantages)
     expected[mask != 0] = torch.tensor(
-        [(x - statistics.mean(valid)) / (statistics.stdev(valid) + 1e-8) for x in valid], dtype=F64)
+        [(x - statistics.mean(valid)) / (statistics.stdev(valid) + 1e-8) for x in valid], dtype=F64
+    )
     got = whiten(torch.where(mask != 0, advantages, junk), mask)
     close(got, expected)
-    assert got[mask != 0].mean().abs() < 1e-12 and got[mask != 0].std() == pytest.approx(1, rel=1e-6)
+    assert got[mask != 0].mean().abs() < 1e-12 and got[mask != 0].std() == pytest.approx(
+        1, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e3])

@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_group(version, prompt, n=2):
-    return [{"version": version, "prompt": prompt, "logp": torch.tensor([0.5 * i, 1.0])} for i in range(n)]
+    return [
+        {"version": version, "prompt": prompt, "logp": torch.tensor([0.5 * i, 1.0])}
+        for i in range(n)
+    ]
 
 
 def filled(window, versions, groups_each):
@@ -56,7 +59,12 @@ class BufferMachine(RuleBasedStateMachine):
         self.pushed.extend((version, prompt) for prompt in range(n_groups))
         self.step = version + 1
 
-    @rule(n_groups=st.integers(0, 12), later=st.integers(0, 3), seed=st.integers(), weighted=st.booleans())
+    @rule(
+        n_groups=st.integers(0, 12),
+        later=st.integers(0, 3),
+        seed=st.integers(),
+        weighted=st.booleans(),
+    )
     def sample(self, n_groups, later, seed, weighted):
         version = self.step + later
         weights = {age: age for age in range(1, self.window + 1)} if weighted else None
@@ -86,7 +94,9 @@ class BufferMachine(RuleBasedStateMachine):
         held = self.drawable(self.step)
         assert len(self.buffer) == len(held)
         assert self.buffer.versions() == sorted({v for v, _ in held})
-        assert sorted(ids(self.buffer.sample(len(held) + 5, self.step, random.Random(1)))) == sorted(held)
+        assert sorted(
+            ids(self.buffer.sample(len(held) + 5, self.step, random.Random(1)))
+        ) == sorted(held)
 
 
 TestBufferMachine = BufferMachine.TestCase
@@ -109,7 +119,11 @@ def test_window_of_2_draws_from_the_last_two_versions():
 def test_gaps_between_versions_age_as_well():
     buffer = filled(3, [0, 1, 2], 1)
     assert [sorted(ids(buffer.sample(9, k, random.Random(0)))) for k in (3, 4, 5, 6)] == [
-        [(0, 0), (1, 0), (2, 0)], [(1, 0), (2, 0)], [(2, 0)], []]
+        [(0, 0), (1, 0), (2, 0)],
+        [(1, 0), (2, 0)],
+        [(2, 0)],
+        [],
+    ]
     buffer.push(4, [make_group(4, 0)])
     assert buffer.versions() == [2, 4]
 
@@ -149,7 +163,9 @@ def test_sampling_leaves_the_buffer_as_it_was():
 # ---- bad input
 
 
-@pytest.mark.parametrize("groups", [[[]], [None], [make_group(0, 0)[0]], [[1]], [make_group(0, 0) + [None]], [()]])
+@pytest.mark.parametrize(
+    "groups", [[[]], [None], [make_group(0, 0)[0]], [[1]], [make_group(0, 0) + [None]], [()]]
+)
 def test_a_group_must_be_a_non_empty_list_of_dicts(groups):
     buffer = filled(2, [0], 1)
     with pytest.raises(ValueError, match="non-empty list"):
@@ -165,7 +181,9 @@ def test_versions_must_rise_and_agree_with_the_samples():
     with pytest.raises(ValueError, match="version 6 was pushed as version 7"):
         buffer.push(7, [make_group(7, 0), make_group(7, 1) + make_group(6, 1)])
     assert buffer.versions() == [5]
-    buffer.push(6, [[{"version": torch.tensor(6)}], [{"x": 0}]])  # a tensor will do, and so does no version
+    buffer.push(
+        6, [[{"version": torch.tensor(6)}], [{"x": 0}]]
+    )  # a tensor will do, and so does no version
     assert len(buffer) == 3
 
 
@@ -193,7 +211,12 @@ def test_draws_are_uniform_over_all_groups(weights):
     buffer = RingBuffer(3)
     for version, n in enumerate([1, 5, 6]):  # uneven: uniform over groups, not over versions
         buffer.push(version, [make_group(version, prompt) for prompt in range(n)])
-    rng, first, included, trials = random.Random(0), collections.Counter(), collections.Counter(), 6000
+    rng, first, included, trials = (
+        random.Random(0),
+        collections.Counter(),
+        collections.Counter(),
+        6000,
+    )
     for _ in range(trials):
         drawn = ids(buffer.sample(4, 3, rng, weights))
         first[drawn[0]] += 1
@@ -210,7 +233,10 @@ def test_weights_are_of_the_age_and_draws_without_replacement_follow_them():
     rng, pairs, trials = random.Random(1), collections.Counter(), 8000
     for _ in range(trials):
         pairs[tuple(v for v, _ in ids(buffer.sample(2, 3, rng, weights)))] += 1
-    expected = {(a, b): trials * weight[a] * weight[b] / (1 - weight[a]) for a, b in itertools.permutations(weight, 2)}
+    expected = {
+        (a, b): trials * weight[a] * weight[b] / (1 - weight[a])
+        for a, b in itertools.permutations(weight, 2)
+    }
     assert chi_square(pairs, expected) < 20.5  # 5 degrees of freedom
 
 
@@ -252,7 +278,9 @@ def test_draws_are_the_same_in_another_process():
     outputs = set()
     for seed in ("0", "1", "2"):
         env = {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
-        outputs.add(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env, text=True))
+        outputs.add(
+            subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env, text=True)
+        )
     assert len(outputs) == 1 and outputs.pop().count("p") == 16
 
 
@@ -262,10 +290,16 @@ def test_state_survives_torch_save(tmp_path, weights):
     torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
     restored = RingBuffer(2)
     restored.push(9, [make_group(9, 0)])  # replaced, not added to
-    restored.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))  # plain: lists, dicts, tensors
+    restored.load_state_dict(
+        torch.load(tmp_path / "buffer.pt", weights_only=True)
+    )  # plain: lists, dicts, tensors
     assert restored.versions() == buffer.versions() == [4, 5] and len(restored) == 12
-    for a, b in zip(*(x.sample(9, 6, random.Random(2), weights) for x in (buffer, restored)), strict=True):
-        assert ids([a]) == ids([b]) and all(torch.equal(x["logp"], y["logp"]) for x, y in zip(a, b, strict=True))
+    for a, b in zip(
+        *(x.sample(9, 6, random.Random(2), weights) for x in (buffer, restored)), strict=True
+    ):
+        assert ids([a]) == ids([b]) and all(
+            torch.equal(x["logp"], y["logp"]) for x, y in zip(a, b, strict=True)
+        )
 
 
 def test_state_is_a_picture_of_its_time():
@@ -294,5 +328,7 @@ def test_the_window_of_the_loading_buffer_holds():
 def test_a_bad_state_leaves_the_buffer_as_it_was():
     buffer = filled(2, [0], 2)
     with pytest.raises(ValueError):
-        buffer.load_state_dict({"window": 2, "entries": [(3, [make_group(3, 0)]), (3, [make_group(3, 1)])]})
+        buffer.load_state_dict(
+            {"window": 2, "entries": [(3, [make_group(3, 0)]), (3, [make_group(3, 1)])]}
+        )
     assert buffer.versions() == [0] and len(buffer) == 2

@@ -11,14 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, random_model
-
-import data
-import eval as module
 from test_reward import benchmark_folder
+
+import eval as module
+from conftest import ROOT, command, random_model
+from infra import data
 
 GENERATOR = '''
 """eval.py with a generator of known answers: `python script FLAGS`. It gives the gold answer for the problems whose id is in RIGHT (every sample, or those
@@ -26,12 +25,12 @@ below a share), and cycles through four wrong responses elsewhere. STOP: die lik
 import json, os, signal, sys
 sys.path.insert(0, ROOT)
 import torch, eval, rollout
-from distributed import gather
+from infra.ranks import gather
 
 class Generator:
     def __init__(self, folder, max_len, cfg, ranks, version=None, stop=()):
         self.ranks, self.tp, self.max_len = ranks, cfg.tp, max_len
-        import data
+        from infra import data
         self.tokenizer, self.asked = data.load_tokenizer(folder), 0
 
     def generate(self, prompts, seeds, version, temperature, max_tokens):
@@ -52,7 +51,7 @@ class Generator:
             found.append(dict(response=torch.tensor(self.tokenizer.encode(text)), logp_sampler=torch.zeros(1), truncated=text.endswith("long")))
         return found
 
-import data
+from infra import data
 for name, digest in json.loads(os.environ.get("DIGESTS", "{}")).items():
     data.SOURCES[name] = ("", digest)  # of benchmarks made for a test
 rollout.Engine = Generator
@@ -65,8 +64,11 @@ eval.main(sys.argv[1:])
 def hundred(problems_file, tmp_path_factory):
     """A file of 100 problems."""
     path = tmp_path_factory.mktemp("data") / "hundred.jsonl"
-    rows = [{"id": f"p{i}", "problem": f"Number {i}. {row['problem'][:100]}", "answer": row["answer"]}
-            for i, row in enumerate(map(json.loads, open(problems_file, encoding="utf-8"))) if len(row["answer"]) < 12][:100]
+    rows = [
+        {"id": f"p{i}", "problem": f"Number {i}. {row['problem'][:100]}", "answer": row["answer"]}
+        for i, row in enumerate(map(json.loads, open(problems_file, encoding="utf-8")))
+        if len(row["answer"]) < 12
+    ][:100]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -80,15 +82,34 @@ def generate(tmp_path, hundred, small_model):
 
     def run(flags, shares, wait=True, **environment):
         problems = data.load_problems(hundred)
-        (tmp_path / "answers.json").write_text(json.dumps({f"{p['problem'].partition('.')[0]}.": [p["answer"], s] for p, s in zip(problems, shares)}))
+        (tmp_path / "answers.json").write_text(
+            json.dumps(
+                {
+                    f"{p['problem'].partition('.')[0]}.": [p["answer"], s]
+                    for p, s in zip(problems, shares)
+                }
+            )
+        )
         log.write_text("")
-        process = subprocess.Popen([sys.executable, str(script), "--model", str(small_model), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "ANSWERS": str(tmp_path / "answers.json"),
-                                                                 "LOG": str(log), **environment})
+        process = subprocess.Popen(
+            [sys.executable, str(script), "--model", str(small_model), *map(str, flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "ANSWERS": str(tmp_path / "answers.json"),
+                "LOG": str(log),
+                **environment,
+            },
+        )
         if not wait:
             return process
         out, err = process.communicate(timeout=200)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
     run.requests = lambda: [json.loads(line) for line in log.read_text().splitlines()]
     return run
 
@@ -99,7 +120,9 @@ def known(n, seed=0):
 
 
 def results(folder):
-    return json.loads((folder / "results.json").read_text()), [json.loads(line) for line in open(folder / "samples.jsonl")]
+    return json.loads((folder / "results.json").read_text()), [
+        json.loads(line) for line in open(folder / "samples.jsonl")
+    ]
 
 
 def test_37_of_100_score_37(generate, hundred, tmp_path):
@@ -109,21 +132,47 @@ def test_37_of_100_score_37(generate, hundred, tmp_path):
     assert re.search(r"hundred\.jsonl +100 +2 +37\.00 ", done.stdout)
     found, rows = results(tmp_path / "out")
     score = found["scores"][str(hundred)]
-    assert score["pass@1"] == pytest.approx(0.37, abs=1e-12) and score["pass@k"] == {"1": pytest.approx(0.37), "2": pytest.approx(0.37)}
+    assert score["pass@1"] == pytest.approx(0.37, abs=1e-12) and score["pass@k"] == {
+        "1": pytest.approx(0.37),
+        "2": pytest.approx(0.37),
+    }
     assert score["maj@k"] == pytest.approx(0.37) and (score["n"], score["k"]) == (100, 2)
-    assert [found["problems"][str(hundred)][f"{p['id']}"] for p in data.load_problems(hundred)] == shares
+    assert [
+        found["problems"][str(hundred)][f"{p['id']}"] for p in data.load_problems(hundred)
+    ] == shares
     # what is not right is there by its reason
     assert sum(score["unjudged"].values()) + sum(row["reason"] == "wrong" for row in rows) == 2 * 63
     assert set(score["unjudged"]) == {"no_box", "parse_failure", "truncated"}
     for row in rows:
         expected = {"no box": "no_box", "-77}": "wrong", "{}": "parse_failure", "long": "truncated"}
-        assert row["reason"] == (None if row["reward"] else next(reason for end, reason in expected.items() if row["response"].endswith(end)))
-        assert row["prompt"].startswith("<user>Number ") and row["prompt"].endswith("<think>") and row["truncated"] == (row["reason"] == "truncated")
+        assert row["reason"] == (
+            None
+            if row["reward"]
+            else next(reason for end, reason in expected.items() if row["response"].endswith(end))
+        )
+        assert (
+            row["prompt"].startswith("<user>Number ")
+            and row["prompt"].endswith("<think>")
+            and row["truncated"] == (row["reason"] == "truncated")
+        )
         assert (row["judged"] == row["gold"]) == bool(row["reward"])
     settings = found["settings"]
-    assert settings["k"] == 2 and settings["temperature"] is None and settings["parts"][str(hundred)]["temperature"] == 0.6
-    assert settings["versions"]["torch"].startswith("2.13") and settings["versions"]["vllm"] == "0.29.0" and settings["versions"]["math_verify"]
-    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    assert (
+        settings["k"] == 2
+        and settings["temperature"] is None
+        and settings["parts"][str(hundred)]["temperature"] == 0.6
+    )
+    assert (
+        settings["versions"]["torch"].startswith("2.13")
+        and settings["versions"]["vllm"] == "0.29.0"
+        and settings["versions"]["math_verify"]
+    )
+    head = (
+        subprocess.run(
+            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        or None
+    )
     assert (settings["commit"] or "").rstrip("+") == (head or "")
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
 
@@ -135,11 +184,22 @@ def test_partial_problems_and_the_comparison(generate, hundred, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     found, rows = results(tmp_path / "a")
     score = found["scores"][str(hundred)]
-    right = {id: sum(row["reward"] for row in rows if row["id"] == id) for id in {row["id"] for row in rows}}
-    assert score["pass@1"] == pytest.approx(sum(right.values()) / 800) and 0.2 < score["pass@1"] < 0.3
-    assert score["pass@k"]["8"] == pytest.approx(sum(r > 0 for r in right.values()) / 100) and list(score["pass@k"]) == ["1", "2", "4", "8"]
+    right = {
+        id: sum(row["reward"] for row in rows if row["id"] == id)
+        for id in {row["id"] for row in rows}
+    }
+    assert (
+        score["pass@1"] == pytest.approx(sum(right.values()) / 800) and 0.2 < score["pass@1"] < 0.3
+    )
+    assert score["pass@k"]["8"] == pytest.approx(sum(r > 0 for r in right.values()) / 100) and list(
+        score["pass@k"]
+    ) == ["1", "2", "4", "8"]
     done = command("eval.py", "--compare", tmp_path / "a" / "results.json", tmp_path / "b")
-    assert done.returncode == 0 and re.search(r"hundred\.jsonl +100 .* \+\d", done.stdout) and "chance" not in done.stdout
+    assert (
+        done.returncode == 0
+        and re.search(r"hundred\.jsonl +100 .* \+\d", done.stdout)
+        and "chance" not in done.stdout
+    )
     assert "+0.00" in command("eval.py", "--compare", tmp_path / "a", tmp_path / "a").stdout
 
 
@@ -152,13 +212,24 @@ def test_an_interrupted_evaluation_goes_on(generate, hundred, tmp_path):
     killed = generate([*flags, "--out", broken], shares, CHUNK="80", STOP="200")
     assert killed.returncode == -9 and not (broken / "results.json").exists()
     rows = (broken / "samples.jsonl").read_text()
-    assert rows.count("\n") == 80 and (whole / "samples.jsonl").read_text().startswith(rows)  # the second chunk was being judged
+    assert rows.count("\n") == 80 and (whole / "samples.jsonl").read_text().startswith(
+        rows
+    )  # the second chunk was being judged
     with open(broken / "samples.jsonl", "a") as file:
         file.write('{"part": "x", "id": "p1", "resp')
     partial = command("eval.py", "--rejudge", broken)
-    assert partial.returncode == 2 and "holds 80 of 300 responses" in partial.stderr and not (broken / "rejudged").exists()
+    assert (
+        partial.returncode == 2
+        and "holds 80 of 300 responses" in partial.stderr
+        and not (broken / "rejudged").exists()
+    )
     other = generate([*flags, "--k", 4, "--out", broken], shares)
-    assert other.returncode == 2 and other.stderr.startswith("error: ") and "another k (3, now 4)" in other.stderr and other.stderr.count("\n") == 1
+    assert (
+        other.returncode == 2
+        and other.stderr.startswith("error: ")
+        and "another k (3, now 4)" in other.stderr
+        and other.stderr.count("\n") == 1
+    )
     resumed = generate([*flags, "--out", broken, "--reward_workers", 1], shares, CHUNK="80")
     assert resumed.returncode == 0 and "going on after 80 responses" in resumed.stdout
     assert sum(n for n, *_ in generate.requests()) == 220
@@ -169,17 +240,38 @@ def test_an_interrupted_evaluation_goes_on(generate, hundred, tmp_path):
     assert again.returncode == 2 and "already holds results" in again.stderr
     # judged again: the same; with one response changed, one verdict; with a reward of one's own
     done = command("eval.py", "--rejudge", broken)
-    assert done.returncode == 0 and "0 of 300 verdicts changed" in done.stdout and results(broken / "rejudged")[0]["scores"] == b["scores"]
+    assert (
+        done.returncode == 0
+        and "0 of 300 verdicts changed" in done.stdout
+        and results(broken / "rejudged")[0]["scores"] == b["scores"]
+    )
     lines = (broken / "samples.jsonl").read_text().splitlines()
     changed = next(i for i, line in enumerate(lines) if json.loads(line)["reward"])
     lines[changed] = json.dumps(json.loads(lines[changed]) | {"response": r"so</think>\boxed{-88}"})
     (broken / "samples.jsonl").write_text("\n".join(lines) + "\n")
     done = command("eval.py", "--rejudge", broken, "--out", tmp_path / "again")
-    assert "1 of 300 verdicts changed" in done.stdout and results(tmp_path / "again")[1][changed]["judged"] == "-88"
-    (tmp_path / "mine.py").write_text("def short(response, answer):\n    return len(response) < 20\n")
-    done = command("eval.py", "--rejudge", broken, "--reward", "mine:short", "--out", tmp_path / "own", env={"PYTHONPATH": str(tmp_path)})
+    assert (
+        "1 of 300 verdicts changed" in done.stdout
+        and results(tmp_path / "again")[1][changed]["judged"] == "-88"
+    )
+    (tmp_path / "mine.py").write_text(
+        "def short(response, answer):\n    return len(response) < 20\n"
+    )
+    done = command(
+        "eval.py",
+        "--rejudge",
+        broken,
+        "--reward",
+        "mine:short",
+        "--out",
+        tmp_path / "own",
+        env={"PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 0
-    assert all(row["reward"] == (len(row["response"]) < 20 and not row["truncated"]) for row in results(tmp_path / "own")[1])
+    assert all(
+        row["reward"] == (len(row["response"]) < 20 and not row["truncated"])
+        for row in results(tmp_path / "own")[1]
+    )
 
 
 def test_a_changed_template_is_another_evaluation(generate, hundred, tmp_path):
@@ -198,7 +290,9 @@ def test_two_evaluations_do_not_write_to_one_folder(generate, hundred, tmp_path)
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = generate(["--benchmarks", hundred, "--out", tmp_path / "out"], known(37), wait=False)
+        second = generate(
+            ["--benchmarks", hundred, "--out", tmp_path / "out"], known(37), wait=False
+        )
         line = next(line for line in second.stdout if "waiting up to" in line)
         assert "in use by" in line and not (tmp_path / "out" / "settings.json").exists()
         (tmp_path / "out" / "results.json").write_text("{}")
@@ -208,45 +302,115 @@ def test_two_evaluations_do_not_write_to_one_folder(generate, hundred, tmp_path)
 
 def test_a_reward_that_fails_is_tried_first(tmp_path):
     (tmp_path / "bad.py").write_text("def reward(response, answer):\n    return 1 / 0\n")
-    done = command("eval.py", "--reward", "bad:reward", "--out", tmp_path / "out", env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and "ZeroDivisionError" in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    done = command(
+        "eval.py",
+        "--reward",
+        "bad:reward",
+        "--out",
+        tmp_path / "out",
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert (
+        done.returncode == 2
+        and "ZeroDivisionError" in done.stderr
+        and done.stderr.count("\n") == 1
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_the_papers_protocol(generate, hundred, small_model, tmp_path):
     """Greedy once and T = 0.1; 32 samples on AIME and AMC alone; 8192 tokens; set beside the published rows of the same base model."""
-    model, lines = tmp_path / "DeepSeek-R1-Distill-Qwen-1.5B", hundred.read_text().splitlines(keepends=True)
+    model, lines = (
+        tmp_path / "DeepSeek-R1-Distill-Qwen-1.5B",
+        hundred.read_text().splitlines(keepends=True),
+    )
     shutil.copytree(small_model, model)
     for name in ("aime24", "amc"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines[:data.BENCHMARKS[name]]))
-    digests = {name: data.content(data.load_problems(tmp_path / f"{name}.jsonl")) for name in ("aime24", "amc")}
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[: data.BENCHMARKS[name]]))
+    digests = {
+        name: data.content(data.load_problems(tmp_path / f"{name}.jsonl"))
+        for name in ("aime24", "amc")
+    }
     shares = known(50)
-    flags = ["--model", model, "--preset", "paper", "--benchmarks", f"aime24,amc,{hundred}", "--data_dir", tmp_path, "--out", tmp_path / "out"]
+    flags = [
+        "--model",
+        model,
+        "--preset",
+        "paper",
+        "--benchmarks",
+        f"aime24,amc,{hundred}",
+        "--data_dir",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+    ]
     done = generate(flags, shares, DIGESTS=json.dumps(digests), CHUNK="4000")
     assert done.returncode == 0, done.stderr[-2000:]
     aime, amc = (f"{sum(shares[:n]) / n * 100:.2f}" for n in (30, 83))
-    assert [line.split()[:5] for line in done.stdout.splitlines() if re.match(r"\S+ (greedy|T=0.1) +\d", line)] == [
-        ["aime24", "greedy", "30", "1", aime], ["aime24", "T=0.1", "30", "32", aime], ["amc", "greedy", "83", "1", amc], ["amc", "T=0.1", "83", "32", amc],
-        [str(hundred), "greedy", "100", "1", "50.00"], [str(hundred), "T=0.1", "100", "1", "50.00"]]
-    assert [request[:3] for request in generate.requests()] == [[30, 0.0, 8192], [960, 0.1, 8192], [83, 0.0, 8192], [2656, 0.1, 8192],
-                                                                [100, 0.0, 8192], [100, 0.1, 8192]]
-    assert "aime24 T=0.1" in done.stdout and "pass@32" in done.stdout and "of 512 ends" in done.stdout
+    assert [
+        line.split()[:5]
+        for line in done.stdout.splitlines()
+        if re.match(r"\S+ (greedy|T=0.1) +\d", line)
+    ] == [
+        ["aime24", "greedy", "30", "1", aime],
+        ["aime24", "T=0.1", "30", "32", aime],
+        ["amc", "greedy", "83", "1", amc],
+        ["amc", "T=0.1", "83", "32", amc],
+        [str(hundred), "greedy", "100", "1", "50.00"],
+        [str(hundred), "T=0.1", "100", "1", "50.00"],
+    ]
+    assert [request[:3] for request in generate.requests()] == [
+        [30, 0.0, 8192],
+        [960, 0.1, 8192],
+        [83, 0.0, 8192],
+        [2656, 0.1, 8192],
+        [100, 0.0, 8192],
+        [100, 0.1, 8192],
+    ]
+    assert (
+        "aime24 T=0.1" in done.stdout and "pass@32" in done.stdout and "of 512 ends" in done.stdout
+    )
     ours = next(line for line in done.stdout.splitlines() if line.startswith("ours: "))
     assert ours.split()[2:4] == [f"{aime}/{aime}", f"{amc}/{amc}"] and "52.10/" in done.stdout
     less = next(line for line in done.stdout.splitlines() if line.startswith("ours - ReMix"))
     assert f"{float(aime) - 36.67:+.2f}/{float(aime) - 29.08:+.2f}" in less
-    assert "published" not in generate(["--preset", "paper", "--benchmarks", hundred, "--out", tmp_path / "b"], shares).stdout  # another base
+    assert (
+        "published"
+        not in generate(
+            ["--preset", "paper", "--benchmarks", hundred, "--out", tmp_path / "b"], shares
+        ).stdout
+    )  # another base
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--k", "0"], "--k is 0"), (["--temperature", "nan"], "--temperature is nan"), (["--temperature", "100"], "below 100"), (["--nonsense"], "see --help"),
-    (["--benchmarks", ""], "unknown benchmark ''"), (["--benchmarks", "toy, aime25"], "unknown benchmark 'aime25'"),
-    (["--benchmarks", "aime25"], "unknown benchmark 'aime25'"), (["--benchmarks", "absent.jsonl"], "cannot be read"), (["--model", "/nowhere/m"], "no such folder"),
-    (["--template", "absent"], "unknown template"), (["--reward", "absent:f"], "No module named"), (["--rejudge", "nowhere"], "no evaluation to judge again"),
-    (["--compare", "a.json", "b.json"], "no results.json"), (["--preset", "papers"], "invalid choice"), (["--max_prompt", "2"], "none of 128 prompts")])
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--k", "0"], "--k is 0"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "100"], "below 100"),
+        (["--nonsense"], "see --help"),
+        (["--benchmarks", ""], "unknown benchmark ''"),
+        (["--benchmarks", "toy, aime25"], "unknown benchmark 'aime25'"),
+        (["--benchmarks", "aime25"], "unknown benchmark 'aime25'"),
+        (["--benchmarks", "absent.jsonl"], "cannot be read"),
+        (["--model", "/nowhere/m"], "no such folder"),
+        (["--template", "absent"], "unknown template"),
+        (["--reward", "absent:f"], "No module named"),
+        (["--rejudge", "nowhere"], "no evaluation to judge again"),
+        (["--compare", "a.json", "b.json"], "no results.json"),
+        (["--preset", "papers"], "invalid choice"),
+        (["--max_prompt", "2"], "none of 128 prompts"),
+    ],
+)
 def test_bad_input_is_one_line(flags, why, tmp_path):
     done = command("eval.py", *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and why in done.stderr and done.stderr.count("\n") == 1, done.stderr[-500:]
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and why in done.stderr
+        and done.stderr.count("\n") == 1
+    ), done.stderr[-500:]
 
 
 def test_the_real_engine_on_every_benchmark(small_model, tmp_path):
@@ -256,15 +420,46 @@ def test_the_real_engine_on_every_benchmark(small_model, tmp_path):
     random_model("qwen2 tied", model, small_model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    names = [str(folder / "benchmarks" / f"{name}.jsonl") if generated else name for name in data.BENCHMARKS]
-    done = command("eval.py", "--model", model, "--benchmarks", ",".join(names), "--data_dir", folder, "--max_prompt", 4000, "--max_response", 8,
-                   "--out", tmp_path / "out", ranks=2)
+    names = [
+        str(folder / "benchmarks" / f"{name}.jsonl") if generated else name
+        for name in data.BENCHMARKS
+    ]
+    done = command(
+        "eval.py",
+        "--model",
+        model,
+        "--benchmarks",
+        ",".join(names),
+        "--data_dir",
+        folder,
+        "--max_prompt",
+        4000,
+        "--max_response",
+        8,
+        "--out",
+        tmp_path / "out",
+        ranks=2,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found, rows = results(tmp_path / "out")
-    assert {name: score["n"] for name, score in found["scores"].items()} == dict(zip(names, data.BENCHMARKS.values()))
-    assert len(rows) == 1600 == len({(row["part"], row["id"]) for row in rows}) and "skipped" not in done.stdout
+    assert {name: score["n"] for name, score in found["scores"].items()} == dict(
+        zip(names, data.BENCHMARKS.values())
+    )
+    assert (
+        len(rows) == 1600 == len({(row["part"], row["id"]) for row in rows})
+        and "skipped" not in done.stdout
+    )
     for name, score in found["scores"].items():
         mine = [row for row in rows if row["part"] == name]
-        assert score["pass@1"] == 0 and sum(score["unjudged"].values()) == score["n"] == len(mine) and 0 < score["length_mean"] <= 8
-        assert [row["gold"] for row in mine] == [p["answer"] for p in module.load_eval_data(name, folder)]
-        assert all(row["truncated"] == (row["length"] == 8 and row["reason"] == "truncated") for row in mine)
+        assert (
+            score["pass@1"] == 0
+            and sum(score["unjudged"].values()) == score["n"] == len(mine)
+            and 0 < score["length_mean"] <= 8
+        )
+        assert [row["gold"] for row in mine] == [
+            p["answer"] for p in module.load_eval_data(name, folder)
+        ]
+        assert all(
+            row["truncated"] == (row["length"] == 8 and row["reason"] == "truncated")
+            for row in mine
+        )

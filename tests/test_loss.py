@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loss import ESTIMATORS, MODES, aggregate, kl, kl_convex, kl_lambda, mix_ppg, tis_weight, value_loss
+from loss import (
+    ESTIMATORS,
+    MODES,
+    aggregate,
+    kl,
+    kl_convex,
+    kl_lambda,
+    mix_ppg,
+    tis_weight,
+    value_loss,
+)
 
 F64 = torch.float64
 HYPOTHESIS = settings(deadline=None, max_examples=60)
@@ -54,7 +64,12 @@ def slow_aggregate(per_token, mask, mode, denominator=None):
 # ---- mix_ppg
 
 token = st.tuples(
-    st.floats(-3, 0), st.floats(-3, 0), st.floats(-3, 0), st.floats(-5, 5), st.floats(0.01, 0.9), st.floats(0.01, 0.9)
+    st.floats(-3, 0),
+    st.floats(-3, 0),
+    st.floats(-3, 0),
+    st.floats(-5, 5),
+    st.floats(0.01, 0.9),
+    st.floats(0.01, 0.9),
 )
 
 
@@ -72,7 +87,10 @@ def test_mix_ppg_is_the_oracle(token):
     assert grad_of(loss, x).item() == pytest.approx(slope, rel=1e-12, abs=1e-12)
     assert stats["ratio"].item() == pytest.approx(r, rel=1e-13)
     assert stats["centre"].item() == pytest.approx(c, rel=1e-13)
-    assert (stats["clipped_low"].item(), stats["clipped_high"].item()) == (clipped_low, clipped_high)
+    assert (stats["clipped_low"].item(), stats["clipped_high"].item()) == (
+        clipped_low,
+        clipped_high,
+    )
 
 
 @HYPOTHESIS
@@ -99,19 +117,29 @@ def test_at_the_start_of_the_step_the_gradient_is_the_policy_gradient(advantage)
     assert not stats["clipped_low"].any() and not stats["clipped_high"].any()
 
 
-@pytest.mark.parametrize("r, advantage, expected, slope, low, high", [
-    (1.79, 1.0, -1.79, -1.79, 0, 0),  # A > 0: the low side is never clipped
-    (2.19, 1.0, -2.19, -2.19, 0, 0),
-    (2.21, 1.0, -2.20, 0.0, 0, 1),
-    (2.39, 1.0, -2.20, 0.0, 0, 1),  # 2.4 = 2·(1 + 0.2) would still be inside a half-width of ε·c
-    (0.10, 1.0, -0.10, -0.10, 0, 0),
-    (1.81, -3.0, 5.43, 5.43, 0, 0),
-    (1.79, -3.0, 5.40, 0.0, 1, 0),
-    (1.61, -3.0, 5.40, 0.0, 1, 0),  # 1.6 = 2·(1 − 0.2) would still be inside
-    (9.00, -3.0, 27.0, 27.0, 0, 0),  # A < 0: the high side is never clipped
-    (2.50, 0.0, 0.0, 0.0, 0, 0),
-    (1.00, 0.0, 0.0, 0.0, 0, 0),
-])
+@pytest.mark.parametrize(
+    "r, advantage, expected, slope, low, high",
+    [
+        (1.79, 1.0, -1.79, -1.79, 0, 0),  # A > 0: the low side is never clipped
+        (2.19, 1.0, -2.19, -2.19, 0, 0),
+        (2.21, 1.0, -2.20, 0.0, 0, 1),
+        (
+            2.39,
+            1.0,
+            -2.20,
+            0.0,
+            0,
+            1,
+        ),  # 2.4 = 2·(1 + 0.2) would still be inside a half-width of ε·c
+        (0.10, 1.0, -0.10, -0.10, 0, 0),
+        (1.81, -3.0, 5.43, 5.43, 0, 0),
+        (1.79, -3.0, 5.40, 0.0, 1, 0),
+        (1.61, -3.0, 5.40, 0.0, 1, 0),  # 1.6 = 2·(1 − 0.2) would still be inside
+        (9.00, -3.0, 27.0, 27.0, 0, 0),  # A < 0: the high side is never clipped
+        (2.50, 0.0, 0.0, 0.0, 0, 0),
+        (1.00, 0.0, 0.0, 0.0, 0, 0),
+    ],
+)
 def test_bounds_at_centre_2_are_1_8_and_2_2(r, advantage, expected, slope, low, high):
     logp = t(math.log(r) - 3, grad=True)
     loss, stats = mix_ppg(logp, t(math.log(2) - 3), t(-3.0), t(advantage))
@@ -142,7 +170,9 @@ def test_log_ratios_do_not_overflow():
     for advantage in (1.0, -1.0):
         for fixed in (torch.zeros_like(gap), gap):  # also a past policy far from π_k
             logp = gap.clone().requires_grad_()
-            loss, stats = mix_ppg(logp, fixed, torch.zeros_like(gap), torch.full_like(gap, advantage))
+            loss, stats = mix_ppg(
+                logp, fixed, torch.zeros_like(gap), torch.full_like(gap, advantage)
+            )
             for x in (loss, grad_of(loss, logp), *stats.values()):
                 assert torch.isfinite(x).all()
 
@@ -191,7 +221,9 @@ def test_kl_expectation_is_the_exact_divergence():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_k3_is_never_negative_and_keeps_its_digits_near_zero(dtype):
-    x = torch.cat([10.0 ** torch.arange(-8, 2, 0.01, dtype=F64), torch.zeros(1, dtype=F64)]).to(dtype)
+    x = torch.cat([10.0 ** torch.arange(-8, 2, 0.01, dtype=F64), torch.zeros(1, dtype=F64)]).to(
+        dtype
+    )
     for sign in (1, -1):
         assert (kl(sign * x, torch.zeros_like(x)) >= 0).all()
     assert kl(t(1e-3), t(0.0)).item() == pytest.approx(1e-6 / 2 - 1e-9 / 6, rel=1e-6)
@@ -200,12 +232,17 @@ def test_k3_is_never_negative_and_keeps_its_digits_near_zero(dtype):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_kl_gradcheck_and_guard(estimator):
     g = torch.Generator().manual_seed(0)
-    logp, ref = torch.randn(3, 4, generator=g, dtype=F64, requires_grad=True), torch.randn(3, 4, generator=g, dtype=F64)
+    logp, ref = (
+        torch.randn(3, 4, generator=g, dtype=F64, requires_grad=True),
+        torch.randn(3, 4, generator=g, dtype=F64),
+    )
     assert torch.autograd.gradcheck(lambda x: kl(x, ref, estimator), logp)
     far = torch.tensor([[-1e4, -89.0, 89.0, 1e4]], requires_grad=True)
     value = kl(far, torch.zeros(1, 4), estimator)
     assert torch.isfinite(value).all() and torch.isfinite(grad_of(value, far)).all()
-    assert kl(t(-19.9), t(0.0), estimator).item() == pytest.approx(slow_kl(-19.9, estimator), rel=1e-12)
+    assert kl(t(-19.9), t(0.0), estimator).item() == pytest.approx(
+        slow_kl(-19.9, estimator), rel=1e-12
+    )
 
 
 def test_kl_names_the_choices():
@@ -219,8 +256,10 @@ def test_kl_names_the_choices():
 def test_kl_convex_weighs_base_with_lambda(estimator):
     logp, base, prev = t(-1.0, -2.0), t(-1.5, -0.3), t(-1.1, -2.6)
     for lam in (0.0, 0.3, 0.5, 0.9, 1.0):
-        expected = [lam * slow_kl(x - b, estimator) + (1 - lam) * slow_kl(x - p, estimator)
-                    for x, b, p in zip((-1.0, -2.0), (-1.5, -0.3), (-1.1, -2.6))]
+        expected = [
+            lam * slow_kl(x - b, estimator) + (1 - lam) * slow_kl(x - p, estimator)
+            for x, b, p in zip((-1.0, -2.0), (-1.5, -0.3), (-1.1, -2.6))
+        ]
         torch.testing.assert_close(kl_convex(logp, base, prev, lam, estimator), t(*expected))
     assert torch.equal(kl_convex(logp, base, prev, 0.6), kl_convex(logp, base, prev, 0.6, "k3"))
 
@@ -228,7 +267,11 @@ def test_kl_convex_weighs_base_with_lambda(estimator):
 def test_kl_convex_does_not_look_at_a_term_of_weight_0():
     logp, other = t(-1.0, grad=True), t(-2.0)
     nan = t(math.nan)
-    for value in (kl_convex(logp, other, None, 1.0), kl_convex(logp, None, other, 0.0), kl_convex(logp, other, nan, 1)):
+    for value in (
+        kl_convex(logp, other, None, 1.0),
+        kl_convex(logp, None, other, 0.0),
+        kl_convex(logp, other, nan, 1),
+    ):
         assert torch.equal(value, kl(logp, other)) and torch.isfinite(grad_of(value, logp)).all()
     for lam in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="lam"):
@@ -236,17 +279,45 @@ def test_kl_convex_does_not_look_at_a_term_of_weight_0():
 
 
 def test_lambda_table():
-    table = {1: 1.0, 2: 1.0, 50: 1.0, 51: 0.9, 60: 0.9, 61: 0.8, 70: 0.8, 71: 0.7, 80: 0.7, 81: 0.6, 90: 0.6,
-             91: 0.5, 100: 0.5, 101: 0.5, 10**6: 0.5}
+    table = {
+        1: 1.0,
+        2: 1.0,
+        50: 1.0,
+        51: 0.9,
+        60: 0.9,
+        61: 0.8,
+        70: 0.8,
+        71: 0.7,
+        80: 0.7,
+        81: 0.6,
+        90: 0.6,
+        91: 0.5,
+        100: 0.5,
+        101: 0.5,
+        10**6: 0.5,
+    }
     for step, lam in table.items():
-        assert kl_lambda(step) == lam and isinstance(kl_lambda(step), float)  # ==, not approx: no 0.7999999
+        assert kl_lambda(step) == lam and isinstance(
+            kl_lambda(step), float
+        )  # ==, not approx: no 0.7999999
     for step in range(51, 500):
         assert kl_lambda(step) == (10 - min(5, 1 + (step - 51) // 10)) / 10
 
 
 def test_lambda_arguments():
-    assert [kl_lambda(step, start=20, every=5) for step in (20, 21, 25, 26, 46)] == [1.0, 0.9, 0.9, 0.8, 0.5]
-    assert [kl_lambda(step, start=0, every=1, drop=0.25, floor=0.1) for step in (0, 1, 3, 4)] == [1.0, 0.75, 0.25, 0.1]
+    assert [kl_lambda(step, start=20, every=5) for step in (20, 21, 25, 26, 46)] == [
+        1.0,
+        0.9,
+        0.9,
+        0.8,
+        0.5,
+    ]
+    assert [kl_lambda(step, start=0, every=1, drop=0.25, floor=0.1) for step in (0, 1, 3, 4)] == [
+        1.0,
+        0.75,
+        0.25,
+        0.1,
+    ]
     assert kl_lambda(100, floor=1.0) == 1.0 and kl_lambda(10**6, floor=1 / 3) == 1 / 3
     assert kl_lambda(111, floor=0.0) == 0.3  # 1 − 0.1·7 is 0.29999999999999993 in floats
     assert kl_lambda(51, drop=0.0) == 1.0 and kl_lambda(70, drop=0.07, floor=0.0) == 0.86
@@ -259,18 +330,35 @@ def test_lambda_arguments():
 # ---- value_loss
 
 
-@pytest.mark.parametrize("value, old, target, expected, slope", [
-    (0.3, 0.0, 1.0, 0.5 * 0.49, -0.7),  # inside the clip: plain squared error
-    (0.8, 0.0, 1.0, 0.5 * 0.25, 0.0),  # beyond the clip towards the target: held at V_old + 0.5, no gradient
-    (-0.8, 0.0, -1.0, 0.5 * 0.25, 0.0),
-    (0.8, 0.0, -1.0, 0.5 * 3.24, 1.8),  # beyond the clip away from the target: the full error, with its gradient
-    (-0.8, 0.0, 1.0, 0.5 * 3.24, -1.8),
-    (2.0, 0.0, 1.0, 0.5 * 1.0, 1.0),  # overshoot: (2 − 1)² > (0.5 − 1)²
-])
+@pytest.mark.parametrize(
+    "value, old, target, expected, slope",
+    [
+        (0.3, 0.0, 1.0, 0.5 * 0.49, -0.7),  # inside the clip: plain squared error
+        (
+            0.8,
+            0.0,
+            1.0,
+            0.5 * 0.25,
+            0.0,
+        ),  # beyond the clip towards the target: held at V_old + 0.5, no gradient
+        (-0.8, 0.0, -1.0, 0.5 * 0.25, 0.0),
+        (
+            0.8,
+            0.0,
+            -1.0,
+            0.5 * 3.24,
+            1.8,
+        ),  # beyond the clip away from the target: the full error, with its gradient
+        (-0.8, 0.0, 1.0, 0.5 * 3.24, -1.8),
+        (2.0, 0.0, 1.0, 0.5 * 1.0, 1.0),  # overshoot: (2 − 1)² > (0.5 − 1)²
+    ],
+)
 def test_value_loss_by_hand(value, old, target, expected, slope):
     v = t(value, grad=True)
     loss = value_loss(v, t(old), t(target))
-    assert loss.item() == pytest.approx(expected) and grad_of(loss, v).item() == pytest.approx(slope)
+    assert loss.item() == pytest.approx(expected) and grad_of(loss, v).item() == pytest.approx(
+        slope
+    )
 
 
 def test_value_loss_clip_is_around_the_old_value():
@@ -281,7 +369,10 @@ def test_value_loss_clip_is_around_the_old_value():
 def test_value_loss_gradcheck():
     g = torch.Generator().manual_seed(2)
     values = torch.randn(3, 6, generator=g, dtype=F64, requires_grad=True)
-    old, returns = torch.randn(3, 6, generator=g, dtype=F64), torch.randn(3, 6, generator=g, dtype=F64)
+    old, returns = (
+        torch.randn(3, 6, generator=g, dtype=F64),
+        torch.randn(3, 6, generator=g, dtype=F64),
+    )
     clipped = (values - old).abs() > 0.5
     assert clipped.any() and not clipped.all()
     assert torch.autograd.gradcheck(lambda v: value_loss(v, old, returns), values)
@@ -312,7 +403,11 @@ def test_aggregate_by_hand():
 
 
 @HYPOTHESIS
-@given(st.integers(0, 2**32), st.sampled_from(MODES), st.sampled_from([torch.bool, torch.int64, torch.float32, F64]))
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from(MODES),
+    st.sampled_from([torch.bool, torch.int64, torch.float32, F64]),
+)
 def test_aggregate_is_the_oracle(seed, mode, mask_dtype):
     per_token, mask = random_batch(seed)
     expected = slow_aggregate(per_token.tolist(), mask.tolist(), mode, denominator_for(mode))
@@ -331,28 +426,38 @@ def test_padding_touches_neither_value_nor_gradient(mode, junk):
     got, expected = (aggregate(x, mask, mode, denominator_for(mode)) for x in (dirty, clean))
     assert torch.equal(got, expected)
     got, expected = grad_of(got, dirty), grad_of(expected, clean)
-    assert torch.equal(got, expected) and (got[mask == 0] == 0).all() and (got[mask != 0] != 0).all()
-    longer = torch.cat([dirty, torch.full((len(dirty), 4), junk, dtype=F64)], 1)  # more padding, more empty rows
+    assert (
+        torch.equal(got, expected) and (got[mask == 0] == 0).all() and (got[mask != 0] != 0).all()
+    )
+    longer = torch.cat(
+        [dirty, torch.full((len(dirty), 4), junk, dtype=F64)], 1
+    )  # more padding, more empty rows
     longer = torch.cat([longer, torch.full((2, longer.shape[1]), junk, dtype=F64)])
     more = torch.zeros(longer.shape)
     more[: mask.shape[0], : mask.shape[1]] = mask
-    torch.testing.assert_close(aggregate(longer, more, mode, denominator_for(mode)),
-                               aggregate(clean, mask, mode, denominator_for(mode)))
+    torch.testing.assert_close(
+        aggregate(longer, more, mode, denominator_for(mode)),
+        aggregate(clean, mask, mode, denominator_for(mode)),
+    )
 
 
 @HYPOTHESIS
 @given(st.integers(0, 2**32), st.sampled_from(MODES), st.permutations(range(5)))
 def test_order_of_rows_does_not_matter(seed, mode, order):
     per_token, mask = random_batch(seed)
-    torch.testing.assert_close(aggregate(per_token[order], mask[order], mode, denominator_for(mode)),
-                               aggregate(per_token, mask, mode, denominator_for(mode)))
+    torch.testing.assert_close(
+        aggregate(per_token[order], mask[order], mode, denominator_for(mode)),
+        aggregate(per_token, mask, mode, denominator_for(mode)),
+    )
 
 
 @HYPOTHESIS
 @given(st.integers(0, 2**32), st.sampled_from(MODES), st.lists(st.integers(0, 5), max_size=4))
 def test_micro_batches_with_the_global_denominator_add_up(seed, mode, cuts):
     per_token, mask = random_batch(seed)
-    count = {"token": int(mask.sum()), "sequence": int((mask.sum(1) > 0).sum()), "constant": 13.0}[mode]
+    count = {"token": int(mask.sum()), "sequence": int((mask.sum(1) > 0).sum()), "constant": 13.0}[
+        mode
+    ]
     whole_x, split_x = per_token.clone().requires_grad_(), per_token.clone().requires_grad_()
     whole = aggregate(whole_x, mask, mode, denominator_for(mode))
     edges = [0, *sorted(cuts), 5]  # with equal edges: empty micro-batches
@@ -391,7 +496,9 @@ def test_aggregate_gradcheck():
     per_token, mask = random_batch(5)
     per_token.requires_grad_()
     for mode in MODES:
-        assert torch.autograd.gradcheck(lambda x: aggregate(x, mask, mode, denominator_for(mode)), per_token)
+        assert torch.autograd.gradcheck(
+            lambda x: aggregate(x, mask, mode, denominator_for(mode)), per_token
+        )
 
 
 # ---- the objective as the loop puts it together
@@ -405,12 +512,16 @@ def test_fresh_data_one_pass_and_lambda_1_is_ppo_plus_kl():
     mask = (torch.arange(6) < torch.tensor([6, 3, 1, 0])[:, None]).to(F64)
     beta, step = 0.01, 30
     assert kl_lambda(step) == 1.0
-    remix = mix_ppg(logp, old, old, advantages)[0] + beta * kl_convex(logp, base, None, kl_lambda(step))
+    remix = mix_ppg(logp, old, old, advantages)[0] + beta * kl_convex(
+        logp, base, None, kl_lambda(step)
+    )
     total, count = 0.0, 0
     for b in range(4):
         for s in range(int(mask[b].sum())):
             r, a = (logp[b, s] - old[b, s]).exp(), advantages[b, s]
-            ppo = -min(r * a, min(max(r, torch.tensor(0.8)), torch.tensor(1.2)) * a, key=lambda y: y.item())
+            ppo = -min(
+                r * a, min(max(r, torch.tensor(0.8)), torch.tensor(1.2)) * a, key=lambda y: y.item()
+            )
             x = logp[b, s] - base[b, s]
             total, count = total + ppo + beta * ((-x).exp() + x - 1), count + 1
     loss = aggregate(remix, mask)
@@ -457,9 +568,13 @@ def test_pure_modules_import_nothing_of_ours(name):
 def test_tis_weight_by_hand():
     behavior = torch.tensor([[-1.0, -1.0, -1.0, -1.0, -60.0, -1.0]], dtype=torch.float64)
     sampler = torch.tensor([[-1.0, -1.3, -0.4, -2.0, -1.0, -90.0]], dtype=torch.float64)
-    wanted = torch.tensor([[1.0, math.exp(0.3), math.exp(-0.6), 2.0, math.exp(-20.0), 2.0]], dtype=torch.float64)
+    wanted = torch.tensor(
+        [[1.0, math.exp(0.3), math.exp(-0.6), 2.0, math.exp(-20.0), 2.0]], dtype=torch.float64
+    )
     torch.testing.assert_close(tis_weight(behavior, sampler), wanted)  # cap 2: e^1 and e^20 are cut
-    torch.testing.assert_close(tis_weight(behavior, sampler, cap=1.1).max(), torch.tensor(1.1, dtype=torch.float64))
+    torch.testing.assert_close(
+        tis_weight(behavior, sampler, cap=1.1).max(), torch.tensor(1.1, dtype=torch.float64)
+    )
 
 
 def test_tis_weight_has_no_gradient():

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from conftest import command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from workers import LAM, UPDATES, VERSION, VOCAB, config, history, tiny_model, value_weight
 
-from checkpoint import pack, unpack
+from conftest import command
+from infra.checkpoint import pack, unpack
 from loss import kl_convex, mix_ppg, value_loss
 from model import Critic, Policy, collate, deal
 
@@ -37,7 +37,9 @@ def naive_values(backbone, weight, bias, sample):
     ids = torch.cat([sample["prompt"], sample["response"]])
     hidden = backbone(input_ids=ids[None]).last_hidden_state[0]  # (L, H)
     begin = len(sample["prompt"])
-    return torch.stack([(hidden[i] * weight[0]).sum() + bias[0] for i in range(begin - 1, len(ids) - 1)])
+    return torch.stack(
+        [(hidden[i] * weight[0]).sum() + bias[0] for i in range(begin - 1, len(ids) - 1)]
+    )
 
 
 def load(folder, kind=AutoModelForCausalLM):
@@ -51,8 +53,13 @@ def make_samples(seed, lm=None, temperature=0.7):
     def noise(n, scale):
         return scale * torch.randn(n, generator=g)
 
-    samples = [{name: torch.randint(2, VOCAB, (n,), generator=g) for name, n in zip(("prompt", "response"), pair)}
-               for pair in LENGTHS]
+    samples = [
+        {
+            name: torch.randint(2, VOCAB, (n,), generator=g)
+            for name, n in zip(("prompt", "response"), pair)
+        }
+        for pair in LENGTHS
+    ]
     if lm:
         for i, s in enumerate(samples):
             with torch.no_grad():
@@ -60,14 +67,20 @@ def make_samples(seed, lm=None, temperature=0.7):
             s["version"] = VERSION - i % 3 % 2
             s["logp_old"] = logp + noise(n, 0.05)
             s["logp_behavior"] = s["logp_old"] + noise(n, 0.3 * (s["version"] < VERSION))
-            s |= {"logp_base": logp + noise(n, 0.2), "logp_prev": logp + noise(n, 0.1), "advantages": noise(n, 1.0)}
+            s |= {
+                "logp_base": logp + noise(n, 0.2),
+                "logp_prev": logp + noise(n, 0.1),
+                "advantages": noise(n, 1.0),
+            }
             s |= {"values": noise(n, 1.0), "returns": noise(n, 1.0)}
     return samples
 
 
 def close(found, wanted, tolerance=1e-5):
     """Equal to `tolerance`, in units of the largest entry where that is above 1."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, wanted.abs().max().item()))
+    torch.testing.assert_close(
+        found, wanted, rtol=0, atol=tolerance * max(1.0, wanted.abs().max().item())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +96,9 @@ def folder(tmp_path_factory):
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.integers(1, 50), max_size=30), st.sampled_from([1, 2, 3, 5]), st.integers(1, 120))
+@given(
+    st.lists(st.integers(1, 50), max_size=30), st.sampled_from([1, 2, 3, 5]), st.integers(1, 120)
+)
 def test_deal(lengths, world, budget):
     shares = deal(list(lengths), world, budget)
     assert len(shares) == world and len({len(share) for share in shares}) == 1
@@ -109,10 +124,25 @@ def test_deal_of_nothing_is_no_work():
 
 
 def test_collate():
-    samples = [dict(prompt=torch.tensor([5, 6, 7]), response=torch.tensor([8, 9]), x=torch.tensor([0.5, 1.5])),
-               dict(prompt=torch.tensor([4]), response=torch.tensor([3, 2, 1]), x=torch.tensor([-1.0, -2.0, -3.0]))]
+    samples = [
+        dict(
+            prompt=torch.tensor([5, 6, 7]),
+            response=torch.tensor([8, 9]),
+            x=torch.tensor([0.5, 1.5]),
+        ),
+        dict(
+            prompt=torch.tensor([4]),
+            response=torch.tensor([3, 2, 1]),
+            x=torch.tensor([-1.0, -2.0, -3.0]),
+        ),
+    ]
     inputs, fields = collate(samples, "cpu", ["x"])
-    assert inputs["ids"][0].tolist() == [5, 6, 7, 8, 9] and inputs["ids"][1, :4].tolist() == [4, 3, 2, 1]
+    assert inputs["ids"][0].tolist() == [5, 6, 7, 8, 9] and inputs["ids"][1, :4].tolist() == [
+        4,
+        3,
+        2,
+        1,
+    ]
     assert inputs["mask"].tolist() == [[True, True, False], [True, True, True]]
     assert inputs["where"][0, :2].tolist() == [2, 3] and inputs["where"][1].tolist() == [0, 1, 2]
     assert inputs["tokens"][0, :2].tolist() == [8, 9] and inputs["tokens"][1].tolist() == [3, 2, 1]
@@ -150,9 +180,11 @@ def run(policy, samples, weights, **junk):
     """Outputs as lists of (2, T), and the gradients of their weighted sum."""
     inputs = collate(samples, "cpu")[0] | junk
     outputs = torch.stack(policy(**inputs))  # (2, B, T)
-    rows = [outputs[:, i, :len(s["response"])] for i, s in enumerate(samples)]
+    rows = [outputs[:, i, : len(s["response"])] for i, s in enumerate(samples)]
     assert not outputs[:, ~inputs["mask"]].any()
-    return [row.detach() for row in rows], gradients(policy, sum((row * w).sum() for row, w in zip(rows, weights)))
+    return [row.detach() for row in rows], gradients(
+        policy, sum((row * w).sum() for row, w in zip(rows, weights))
+    )
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
@@ -162,7 +194,9 @@ def test_policy_equals_full_log_softmax(folder, model, temperature):
     weights = weighted(samples)
     slow = [torch.stack(naive(lm, s, temperature)) for s in samples]
     slow_gradients = gradients(lm, sum((row * w).sum() for row, w in zip(slow, weights)))
-    assert max(row[0].min() for row in slow) < -1 and all(g.abs().max() > 1e-3 for g in slow_gradients.values())
+    assert max(row[0].min() for row in slow) < -1 and all(
+        g.abs().max() > 1e-3 for g in slow_gradients.values()
+    )
     for chunk in (1, 3, 1000):
         rows, found = run(Policy(folder / model, temperature, chunk), samples, weights)
         for row, wanted in zip(rows, slow):
@@ -179,7 +213,7 @@ def test_padding_is_never_read(folder):
     inputs = collate(samples, "cpu")[0]
     junk = {name: value.clone() for name, value in inputs.items()}
     for i, (p, t) in enumerate(LENGTHS):
-        junk["ids"][i, p + t:], junk["tokens"][i, t:], junk["where"][i, t:] = 33 + i, 50 - i, i
+        junk["ids"][i, p + t :], junk["tokens"][i, t:], junk["where"][i, t:] = 33 + i, 50 - i, i
     assert all((junk[name] != inputs[name]).any() for name in ("ids", "tokens", "where"))
     other, other_gradients = run(policy, samples, weights, **junk)
     for a, b in zip(rows, other):
@@ -208,7 +242,9 @@ def test_logits_exist_for_one_chunk_at_a_time(folder, chunk):
     """The head sees at most `chunk` response tokens, in the backward pass too; nothing with V is kept in between."""
     samples, policy, seen, kept = make_samples(5), Policy(folder / "untied", 1.0, chunk), [], []
     tokens = sum(t for _, t in LENGTHS)
-    policy.lm.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
+    policy.lm.lm_head.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel())
+    )
 
     def keep(tensor):
         kept.append(tensor.shape)
@@ -236,19 +272,21 @@ def test_the_head_is_normalised_in_float32(folder):
 def test_critic(folder):
     samples = make_samples(6)
     critic, inputs, weights = Critic(folder / "tied"), collate(samples, "cpu")[0], weighted(samples)
-    values, = critic(**inputs)
+    (values,) = critic(**inputs)
     assert values.shape == inputs["mask"].shape and not values.any()
     assert gradients(critic, values.sum())["value.weight"].any()  # zero, yet it learns
     critic.value.weight.data.copy_(value_weight(64))
     critic.value.bias.data.fill_(0.25)
-    values, = critic(**inputs)
+    (values,) = critic(**inputs)
     assert not values[~inputs["mask"]].any()
-    found = gradients(critic, sum((values[i, :w.shape[1]] * w[0]).sum() for i, w in enumerate(weights)))
+    found = gradients(
+        critic, sum((values[i, : w.shape[1]] * w[0]).sum() for i, w in enumerate(weights))
+    )
     backbone = load(folder / "tied", AutoModel)
     slow = [naive_values(backbone, value_weight(64), torch.tensor([0.25]), s) for s in samples]
     slow_gradients = gradients(backbone, sum((v * w[0]).sum() for v, w in zip(slow, weights)))
     for row, wanted in zip(values, slow):
-        close(row[:len(wanted)].detach(), wanted.detach())
+        close(row[: len(wanted)].detach(), wanted.detach())
     for name, wanted in slow_gradients.items():
         assert wanted.any()
         close(found["backbone." + name], wanted)
@@ -263,23 +301,41 @@ def seen(folder):
     for world in (2, 1):
         done = command("tests/workers.py", "learner", folder, ranks=world)
         assert done.returncode == 0, done.stderr[-4000:]
-    return {world: [torch.load(folder / f"learner-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
-            for world in (1, 2)}
+    return {
+        world: [
+            torch.load(folder / f"learner-{world}-{rank}.pt", weights_only=False)
+            for rank in range(world)
+        ]
+        for world in (1, 2)
+    }
 
 
 def slow_update(folder, case):
     """Gradients of one update on the whole minibatch, and the mean entropy: no shards, no micro-batches, no padding."""
     model, with_critic, count, changes = UPDATES[case]
     cfg, samples = config(**changes), torch.load(folder / f"samples-{model}.pt")[:count]
-    lm, tokens, total, entropies = load(folder / model), sum(len(s["response"]) for s in samples), 0, []
+    lm, tokens, total, entropies = (
+        load(folder / model),
+        sum(len(s["response"]) for s in samples),
+        0,
+        [],
+    )
     for s in samples:
         logp, entropy = naive(lm, s, cfg.temperature)
-        loss, _ = mix_ppg(logp, s["logp_old"], s["logp_behavior"], s["advantages"], cfg.clip_low, cfg.clip_high)
+        loss, _ = mix_ppg(
+            logp, s["logp_old"], s["logp_behavior"], s["advantages"], cfg.clip_low, cfg.clip_high
+        )
         loss = loss - cfg.entropy * entropy
         if cfg.beta:
             loss = loss + cfg.beta * kl_convex(logp, s["logp_base"], s["logp_prev"], LAM)
-        total = total + {"token": loss.sum() / tokens, "sequence": loss.mean() / count,
-                         "constant": loss.sum() / (count * cfg.max_response)}[cfg.aggregate]
+        total = (
+            total
+            + {
+                "token": loss.sum() / tokens,
+                "sequence": loss.mean() / count,
+                "constant": loss.sum() / (count * cfg.max_response),
+            }[cfg.aggregate]
+        )
         entropies.append(entropy.detach())
     found = {"policy": {"lm." + name: g for name, g in gradients(lm, total).items()}}
     if with_critic:
@@ -287,7 +343,9 @@ def slow_update(folder, case):
         critic.value.weight.data.copy_(value_weight(64))
         for s in samples:
             values = naive_values(critic.backbone, critic.value.weight, critic.value.bias, s)
-            total = total + value_loss(values, s["values"], s["returns"], cfg.value_clip).sum() / tokens
+            total = (
+                total + value_loss(values, s["values"], s["returns"], cfg.value_clip).sum() / tokens
+            )
         found["critic"] = gradients(critic, total)
     return found, torch.cat(entropies).mean().item()
 
@@ -300,7 +358,9 @@ def test_update(seen, folder, world, case):
     rates = {"policy": cfg.lr * 0.5, "critic": cfg.critic_lr * 0.5}
     for rank in seen[world]:
         found = rank["updates"][case]
-        assert len(found["micro_batches"]) == len(seen[world][0]["updates"][case]["micro_batches"]) > 0
+        assert (
+            len(found["micro_batches"]) == len(seen[world][0]["updates"][case]["micro_batches"]) > 0
+        )
         assert found["means"]["entropy"] == pytest.approx(entropy, rel=1e-5)
         for name, slow in wanted.items():
             run, norm = found[name], torch.stack([g.norm() for g in slow.values()]).norm().item()
@@ -325,8 +385,14 @@ def test_where_shards_lie(seen):
         for case, (_, _, _, changes) in UPDATES.items():
             assert world == 1 or seen[world][0]["updates"][case]["nodes"] == ("hsdp" in changes) + 1
             placements, policy = seen[world][0]["updates"][case]["layout"]
-            assert placements == ("(Replicate(), Shard(dim=0))" if "hsdp" in changes and world == 2 else "(Shard(dim=0),)")
-            assert policy == ("CPUOffloadPolicy" if "offload_optimizer" in changes else "OffloadPolicy")
+            assert placements == (
+                "(Replicate(), Shard(dim=0))"
+                if "hsdp" in changes and world == 2
+                else "(Shard(dim=0),)"
+            )
+            assert policy == (
+                "CPUOffloadPolicy" if "offload_optimizer" in changes else "OffloadPolicy"
+            )
 
 
 def test_ranks_hold_the_same_parameters(seen):
@@ -334,11 +400,17 @@ def test_ranks_hold_the_same_parameters(seen):
         for a, b in zip(*(rank["updates"][case]["policy"]["after"].values() for rank in seen[2])):
             assert torch.equal(a, b)
     # between worlds and micro-batch sizes they differ only where a gradient is so small that its direction is rounding
-    first, *others = [seen[world][0]["updates"][case] for case in ("ppo", "ppo, one micro-batch") for world in (1, 2)]
+    first, *others = [
+        seen[world][0]["updates"][case]
+        for case in ("ppo", "ppo, one micro-batch")
+        for world in (1, 2)
+    ]
     for other in others:
         for name in ("policy", "critic"):
             after = other[name]["after"]
-            off = torch.cat([(p - after[key]).abs().flatten() for key, p in first[name]["after"].items()])
+            off = torch.cat(
+                [(p - after[key]).abs().flatten() for key, p in first[name]["after"].items()]
+            )
             assert (off > 1e-6).float().mean() < 1e-3 and off.max() < 1e-3
 
 
@@ -347,22 +419,34 @@ def test_an_update_that_is_not_finite_changes_nothing(seen, world):
     """Neither weights nor AdamW's moments and count, on any rank, though one rank alone has the sample; nor what a usual update does
     after it. The critic is judged by itself. Means stay finite."""
     for rank in seen[world]:
-        usual, broken, critic = (rank["broken_update"][case] for case in ("usual", "broken", "critic"))
-        finite = [{name: math.isfinite(norm) for name, norm in norms.items()} for _, norms, _ in broken]
-        assert finite == [dict(policy=fine, critic=True) for fine in (False, True, False, False, True)]
+        usual, broken, critic = (
+            rank["broken_update"][case] for case in ("usual", "broken", "critic")
+        )
+        finite = [
+            {name: math.isfinite(norm) for name, norm in norms.items()} for _, norms, _ in broken
+        ]
+        assert finite == [
+            dict(policy=fine, critic=True) for fine in (False, True, False, False, True)
+        ]
         policy = [states["policy"] for states, _, _ in broken]
         assert all("/" not in key for key in policy[0])  # no moments yet
-        assert equal(policy[1], usual[0][0]["policy"]) and any(key.endswith("/step") for key in policy[1])
+        assert equal(policy[1], usual[0][0]["policy"]) and any(
+            key.endswith("/step") for key in policy[1]
+        )
         assert equal(policy[1], policy[2]) and equal(policy[2], policy[3])
         assert equal(policy[4], usual[1][0]["policy"]) and not equal(policy[4], policy[3])
         assert not equal(broken[2][0]["critic"], broken[3][0]["critic"])  # it went on
         (before, _, _), (after, norms, _) = critic
         assert math.isfinite(norms["policy"]) and math.isnan(norms["critic"])
-        assert equal(before["critic"], after["critic"]) and not equal(before["policy"], after["policy"])
+        assert equal(before["critic"], after["critic"]) and not equal(
+            before["policy"], after["policy"]
+        )
         for _, _, means in broken + critic:
             assert all(map(math.isfinite, means.values()))
         assert "policy_grad_norm" not in broken[0][2] and "critic_grad_norm" not in critic[1][2]
-    assert [norms for _, norms, _ in seen[world][0]["broken_update"]["usual"]] == [norms for _, norms, _ in seen[world][-1]["broken_update"]["usual"]]
+    assert [norms for _, norms, _ in seen[world][0]["broken_update"]["usual"]] == [
+        norms for _, norms, _ in seen[world][-1]["broken_update"]["usual"]
+    ]
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
@@ -401,22 +485,32 @@ def test_full_tensors(seen, folder, world, model):
         found = rank["snapshots"][model]
         assert found["names"] == set(found["now_weights"]) == names
         for name in shards[0]:
-            assert torch.equal(found["now_weights"][name], torch.cat([shard[name] for shard in shards]))
-        head, embedding = (found["now_weights"][name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+            assert torch.equal(
+                found["now_weights"][name], torch.cat([shard[name] for shard in shards])
+            )
+        head, embedding = (
+            found["now_weights"][name] for name in ("lm_head.weight", "model.embed_tokens.weight")
+        )
         assert torch.equal(head, embedding) == (model == "tied")
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_export(seen, folder, world, model):
-    exported, samples = load(folder / f"exported-{model}-{world}"), torch.load(folder / f"samples-{model}.pt")
+    exported, samples = (
+        load(folder / f"exported-{model}-{world}"),
+        torch.load(folder / f"samples-{model}.pt"),
+    )
     for s, wanted in zip(samples, seen[world][0]["snapshots"][model]["now"]):
         close(naive(exported, s, 0.7)[0].detach(), wanted)
     tied = exported.lm_head.weight is exported.model.embed_tokens.weight
     assert tied == (model == "tied")
     assert AutoTokenizer.from_pretrained(folder / f"exported-{model}-{world}").encode("1+2=")
     assert not (folder / f"exported-{model}-{world}.tmp").exists()
-    generation = [(folder / name / "generation_config.json").read_text() for name in (model, f"exported-{model}-{world}")]
+    generation = [
+        (folder / name / "generation_config.json").read_text()
+        for name in (model, f"exported-{model}-{world}")
+    ]
     assert generation[0] == generation[1] and exported.dtype == torch.float32
 
 
@@ -425,12 +519,20 @@ def test_export_in_the_type_of_training(seen, folder, world):
     """bfloat16: half the size, and the weights that the forward pass of training used: its log-probs, but for kernels."""
     path, found = folder / f"exported-bfloat16-{world}", seen[world][0]["exported_in_bfloat16"]
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    assert model.dtype == torch.bfloat16 and json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
-    weights = load_file(path / "model.safetensors")  # what lies on the disk; the head is the embedding
+    assert (
+        model.dtype == torch.bfloat16
+        and json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
+    )
+    weights = load_file(
+        path / "model.safetensors"
+    )  # what lies on the disk; the head is the embedding
     assert weights.keys() == found["masters"].keys() == dict(model.named_parameters()).keys()
     for name, master in found["masters"].items():
         assert master.dtype == torch.float32 and torch.equal(weights[name], master.bfloat16())
-    gaps = [naive(model, s, 0.7)[0] - logp for s, logp in zip(torch.load(folder / "samples-tied.pt"), found["logp"])]
+    gaps = [
+        naive(model, s, 0.7)[0] - logp
+        for s, logp in zip(torch.load(folder / "samples-tied.pt"), found["logp"])
+    ]
     assert torch.cat(gaps).abs().mean() < 0.02
 
 
@@ -440,7 +542,9 @@ def test_export_in_the_type_of_training(seen, folder, world):
 def equal(a, b):
     """Nested dicts, lists and tuples (a tuple is a list) with tensors, compared to the bit."""
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        )
     if isinstance(a, (list, tuple)):
         return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(equal, a, b))
     if isinstance(a, torch.Tensor):
@@ -451,20 +555,27 @@ def equal(a, b):
 def test_checkpoint_brings_back_every_bit(seen, folder):
     """Parameters, moments, step counts, learning rates, snapshots, history; at as many ranks as wrote it and at one."""
     saved, samples = seen[2][0]["checkpoints"]["saved"], torch.load(folder / "samples-untied.pt")
-    assert any(key.endswith("/exp_avg_sq") and value.any() for key, value in saved["critic"].items())
+    assert any(
+        key.endswith("/exp_avg_sq") and value.any() for key, value in saved["critic"].items()
+    )
     assert all(value == 2 for key, value in saved["policy"].items() if key.endswith("/step"))
     for found in [rank["checkpoints"] for world in (1, 2) for rank in seen[world]]:
         assert found["step"] == 10 and found["newest"].name == "step_000010"
         assert equal(found["loaded"], saved) and set(saved) == {"policy", "critic", "base", "prev"}
         assert equal(found["buffer"], {"window": 3, "entries": history(samples)})
         for name in ("base", "prev"):
-            assert any(not torch.equal(a, b) for a, b in zip(saved[name].values(), saved["policy"].values()))
+            assert any(
+                not torch.equal(a, b)
+                for a, b in zip(saved[name].values(), saved["policy"].values())
+            )
 
 
 def test_training_goes_on_after_a_checkpoint_as_without_it(seen):
     for rank in seen[2]:
         found = rank["checkpoints"]
-        assert equal(found["loaded continued"], found["continued"]) and not equal(found["continued"], found["saved"])
+        assert equal(found["loaded continued"], found["continued"]) and not equal(
+            found["continued"], found["saved"]
+        )
     one, two = seen[1][0]["checkpoints"]["loaded continued"], seen[2][0]["checkpoints"]["continued"]
     for name in one:
         for key in one[name]:
@@ -477,7 +588,11 @@ def test_a_full_disk_is_one_line_on_every_rank_and_the_last_checkpoint_stands(se
         found = rank["checkpoints"]
         assert found["newest after a full disk"].name == "step_000010"
         shards, save, export = found["full disk"]
-        for text, who, what in ((shards, 1, "step_000011.tmp"), (save, 0, "step_000011.tmp"), (export, 0, "full.tmp")):
+        for text, who, what in (
+            (shards, 1, "step_000011.tmp"),
+            (save, 0, "step_000011.tmp"),
+            (export, 0, "full.tmp"),
+        ):
             assert f"rank {who} could not write " in text and what in text and "\n" not in text
             assert "short write, as on a full disk" in text or "File too large" in text
     assert seen[2][0]["checkpoints"]["full disk"] == seen[2][1]["checkpoints"]["full disk"]
@@ -486,16 +601,37 @@ def test_a_full_disk_is_one_line_on_every_rank_and_the_last_checkpoint_stands(se
 def test_old_checkpoints_go_and_half_written_ones_do_not_count(seen):
     found = seen[2][0]["checkpoints"]
     assert found["newest before"] is None
-    steps = {3: ["step_000003"], 5: ["step_000003", "step_000005"], 10: ["step_000005", "step_000010"]}
+    steps = {
+        3: ["step_000003"],
+        5: ["step_000003", "step_000005"],
+        10: ["step_000005", "step_000010"],
+    }
     for step, names in steps.items():
         assert found[f"folders after {step}"] == names + ["step_000099.tmp"]
 
 
-some_tensor = st.builds(lambda dtype, values: torch.tensor(values, dtype=getattr(torch, dtype)),
-                        st.sampled_from(["float32", "float64", "int64", "bool", "bfloat16"]), st.lists(st.booleans()))
-leaves = st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats(allow_nan=False) | st.text() | some_tensor
-nested = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
-                      | st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=12)
+some_tensor = st.builds(
+    lambda dtype, values: torch.tensor(values, dtype=getattr(torch, dtype)),
+    st.sampled_from(["float32", "float64", "int64", "bool", "bfloat16"]),
+    st.lists(st.booleans()),
+)
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False)
+    | st.text()
+    | some_tensor
+)
+nested = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
 
 
 @settings(deadline=None, max_examples=100)

@@ -4,9 +4,9 @@ import dataclasses
 import re
 from pathlib import Path
 
-import memory
-from config import Config, parse
-from metrics import METRICS
+from infra import memory
+from infra.config import Config, parse
+from infra.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +15,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_flag_stands_in_the_table_with_default_and_source():
     for f in dataclasses.fields(Config):
         default = "" if f.default is None else f.default
-        assert f"| `--{f.name}` | {default} | {f.metadata['help']} | {f.metadata['source']} |" in README
+        assert (
+            f"| `--{f.name}` | {default} | {f.metadata['help']} | {f.metadata['source']} |"
+            in README
+        )
 
 
 def test_every_metric_stands_in_the_table():
@@ -24,7 +27,13 @@ def test_every_metric_stands_in_the_table():
 
 
 def test_every_fault_has_a_test_that_exists():
-    rows = README.split("## When something goes wrong")[1].split("\n## ")[0].split("| --- | --- | --- | --- |\n")[1].split("\n\n")[0].splitlines()
+    rows = (
+        README.split("## When something goes wrong")[1]
+        .split("\n## ")[0]
+        .split("| --- | --- | --- | --- |\n")[1]
+        .split("\n\n")[0]
+        .splitlines()
+    )
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     assert len(rows) > 10
     for row in rows:
@@ -51,6 +60,9 @@ def test_memory_table_is_what_the_dry_run_computes():
     for flags, gpus, size, cells in rows:
         cfg = parse(flags.split())
         p = memory.plan(cfg, memory.shape_of(cfg.model), int(gpus), int(size))
-        wanted = [*(f"{p['total'][column] / memory.GIB:.1f}" for column in ("training", "generating")),
-                  str(p["engine"]["tokens"] // p["engine"]["length"]), f"{max(p['host'].values()) / memory.GIB:.1f}"]
+        wanted = [
+            *(f"{p['total'][column] / memory.GIB:.1f}" for column in ("training", "generating")),
+            str(p["engine"]["tokens"] // p["engine"]["length"]),
+            f"{max(p['host'].values()) / memory.GIB:.1f}",
+        ]
         assert cells.split(" | ") == [*wanted, "does not fit" if p["short"] else "fits"], flags

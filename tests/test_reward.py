@@ -16,10 +16,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import data
 import reward as module
+from infra import data
 from reward import Judge, Verdict, canonical, final_answer, last_box, own, reward
 
 ROOT = Path(module.__file__).parent
@@ -38,14 +39,28 @@ def benchmark_folder(tmp: Path) -> Path:
     if os.environ.get("REMIX_DATA"):
         return Path(os.environ["REMIX_DATA"])
     rng = random.Random(0)
-    forms = ["{a}", "{a}.0", "\\frac{{{a}}}{{{b}}}", "({a}, {b})", "{a}\\sqrt{{{b}}}", "x^{b} - {a}", "{a}.{b}e-{b}",
-             "{a} \\times 10^{{{b}}}", "[-{a}, \\infty)", "{a}\\pi"]
+    forms = [
+        "{a}",
+        "{a}.0",
+        "\\frac{{{a}}}{{{b}}}",
+        "({a}, {b})",
+        "{a}\\sqrt{{{b}}}",
+        "x^{b} - {a}",
+        "{a}.{b}e-{b}",
+        "{a} \\times 10^{{{b}}}",
+        "[-{a}, \\infty)",
+        "{a}\\pi",
+    ]
     (tmp / "benchmarks").mkdir()
     for name, count in data.BENCHMARKS.items():
         with open(tmp / "benchmarks" / f"{name}.jsonl", "w") as file:
             for i in range(count):
                 answer = forms[i % len(forms)].format(a=rng.randint(2, 999), b=rng.randint(2, 30))
-                row = {"id": f"{name}/{i}", "problem": f"Find ${answer}$.", "answer": [answer] if i % 2 else answer}
+                row = {
+                    "id": f"{name}/{i}",
+                    "problem": f"Find ${answer}$.",
+                    "answer": [answer] if i % 2 else answer,
+                }
                 file.write(json.dumps(row) + "\n")
     return tmp
 
@@ -61,8 +76,11 @@ def pids(parent=None):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == (parent or os.getpid())
-                    and b"--worker" in (folder / "cmdline").read_bytes()):
+            if (
+                int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                == (parent or os.getpid())
+                and b"--worker" in (folder / "cmdline").read_bytes()
+            ):
                 found.append(int(folder.name))
         except OSError:
             pass
@@ -92,133 +110,228 @@ def script(tmp_path, code, **options):
     """Run code as a user's script: without a main guard, in a folder of its own with a copy of reward.py."""
     (tmp_path / "reward.py").write_text(Path(module.__file__).read_text())
     (tmp_path / "script.py").write_text(code)
-    return subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          **options)
+    return subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
 
 
 # -- which box --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, box", [
-    (r"\boxed{1}. So \boxed{2}", "2"), (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{1} then \boxed{2", "1"), (r"\boxed {5}", "5"),
-    (r"{ \boxed{5}", "5"), (r"} \boxed{5} }", "5"), (r"\\boxed{5}", "5"), (r"a \\ \boxed{5} \\", "5"),
-    (r"\boxed{a \boxed{b} c}", "b"), ("\\boxed{\n7\n}", "\n7\n"), (r"\boxed{}", ""),
-    (r"\boxed{", None), ("boxed{5}", None), ("5", None), ("", None), (r"\boxed 5", None), (r"\fbox{5}", None),
-])
+
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        (r"\boxed{1}. So \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\boxed {5}", "5"),
+        (r"{ \boxed{5}", "5"),
+        (r"} \boxed{5} }", "5"),
+        (r"\\boxed{5}", "5"),
+        (r"a \\ \boxed{5} \\", "5"),
+        (r"\boxed{a \boxed{b} c}", "b"),
+        ("\\boxed{\n7\n}", "\n7\n"),
+        (r"\boxed{}", ""),
+        (r"\boxed{", None),
+        ("boxed{5}", None),
+        ("5", None),
+        ("", None),
+        (r"\boxed 5", None),
+        (r"\fbox{5}", None),
+    ],
+)
 def test_last_box(text, box):
     assert last_box(text) == box
 
 
-BALANCED = st.recursive(st.sampled_from(["1", " ", "x^", r"\{", r"\}", r"\frac", r"\\ "]),
-                        lambda inner: st.lists(inner, max_size=4).map(lambda parts: "{" + "".join(parts) + "}"))
+BALANCED = st.recursive(
+    st.sampled_from(["1", " ", "x^", r"\{", r"\}", r"\frac", r"\\ "]),
+    lambda inner: st.lists(inner, max_size=4).map(lambda parts: "{" + "".join(parts) + "}"),
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(before=st.text("\\{} boxed1"), box=st.lists(BALANCED, max_size=5).map("".join), after=st.text("\\ boxed1"))
+@given(
+    before=st.text("\\{} boxed1"),
+    box=st.lists(BALANCED, max_size=5).map("".join),
+    after=st.text("\\ boxed1"),
+)
 def test_last_box_is_found_after_anything(before, box, after):
     assert last_box(before + r"\boxed{" + box + "}" + after) == box
 
 
 # -- what is right ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("response, answer, style, reason", [
-    # neighbouring boxes: the last one, alone
-    (r"\boxed{1}. \n\n\boxed{2}", "2", "boxed", None), (r"\boxed{2}. \n\n\boxed{1}", "2", "boxed", "wrong"),
-    (r"\boxed{1}. \n\n\boxed{2}", r"\{1, 2\}", "boxed", "wrong"), (r"$\boxed{1}$, $\boxed{2}$", "1", "boxed", "wrong"),
-    # e-notation, on either side and on both
-    (r"\boxed{4.5 \times 10^{33}}", "4.5e33", "boxed", None), (r"\boxed{4.5e33}", r"4.5 \times 10^{33}", "boxed", None),
-    (r"\boxed{4.50E+33}", "4.5e33", "boxed", None), (r"\boxed{45 \cdot 10^{32}}", "4.5e33", "boxed", None),
-    (r"\boxed{4.6e33}", "4.5e33", "boxed", "wrong"), (r"\boxed{1e3}", "1000", "boxed", None),
-    (r"\boxed{-1.5e-2}", "-0.015", "boxed", None), (r"\boxed{.5e1}", "5", "boxed", None),
-    (r"\boxed{2e}", "2 e", "boxed", None), (r"\boxed{2e}", "200", "boxed", "wrong"),
-    # tiny numbers are numbers too
-    (r"\boxed{4.6 \times 10^{-33}}", "4.5e-33", "boxed", "wrong"), (r"\boxed{0.00000002}", "1e-8", "boxed", "wrong"),
-    (r"\boxed{0.0}", r"6.6 \times 10^{-34}", "boxed", "wrong"), (r"\boxed{45e-34}", "4.5e-33", "boxed", None),
-    (r"\boxed{\frac{1}{10^8}}", "0.00000001", "boxed", None), (r"\boxed{0.0}", "0", "boxed", None),
-    # the same number, the same thing
-    (r"\boxed{27}", "27.0", "boxed", None), (r"\boxed{27.0}", "27", "boxed", None),
-    (r"\boxed{27.}", "27", "boxed", None), (r"\boxed{27}", "27.0.", "boxed", None),
-    (r"\boxed{23}", "023", "boxed", None), (r"\boxed{32348}", r"\$32,\!348", "boxed", None),
-    (r"\boxed{\dfrac12}", "0.5", "boxed", None), (r"\boxed{1/2}", r"\frac{1}{2}", "boxed", None),
-    (r"\boxed{0.333333}", "1/3", "boxed", None), (r"\boxed{0.3333}", "1/3", "boxed", "wrong"),
-    (r"\boxed{10\%}", "0.1", "boxed", None), (r"\boxed{2,3}", r"\{3,2\}", "boxed", None),
-    (r"\boxed{(3,2)}", "(2,3)", "boxed", "wrong"), (r"\boxed{(x-1)(x+1)}", "x^2-1", "boxed", None),
-    (r"\boxed{x = 5}", "5", "boxed", None), (r"\boxed{\text{Evelyn}}", "Evelyn", "boxed", None),
-    (r"\boxed{\frac{\sqrt{3}}{\frac{1}{2}}}", r"2\sqrt3", "boxed", None),
-    (r"\boxed{ no  solution }", "no solution", "boxed", None), (r"\boxed{5}, I am sure", " 5\n", "boxed", None),
-    # a set and the relation that describes it, either way round
-    (r"\boxed{x \ge 3}", r"[3,\infty)", "boxed", None), (r"\boxed{[3,\infty)}", r"x \ge 3", "boxed", None),
-    (r"\boxed{0<x<1}", "(0,1)", "boxed", None), (r"\boxed{x > 3}", r"[3,\infty)", "boxed", "wrong"), (r"\boxed{x \ge 3}", "3", "boxed", "wrong"),
-    # any one of a list of answers
-    (r"\boxed{28}", ["27", "28.0"], "boxed", None), (r"\boxed{27}", ["27", "28.0"], "boxed", None),
-    (r"\boxed{29}", ["27", "28.0"], "boxed", "wrong"), (r"\boxed{27, 28}", ["27", "28.0"], "boxed", "wrong"),
-    (r"\boxed{29}", [], "boxed", "wrong"),
-    # plus or minus, wherever it stands
-    (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}", "boxed", None),
-    (r"\boxed{x=\frac{1\pm\sqrt5}{2}}", r"\frac{1\pm\sqrt{5}}{2}", "boxed", None),
-    (r"\boxed{\frac{6\pm4\sqrt2}{2}}", r"3 \pm 2 \sqrt{2}", "boxed", None),
-    (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}", "boxed", "wrong"),
-    # units with exponents and symbols
-    (r"\boxed{3.0\times10^8\,\mathrm{m\,s^{-1}}}", r"3e8", "boxed", None),
-    (r"\boxed{2.7\times10^{43}\ \mathrm{erg\ s^{-1}}}", r"2.7e43", "boxed", None),
-    (r"\boxed{5\ \Omega}", r"5", "boxed", None), (r"\boxed{5\,\text{k}\Omega}", r"5", "boxed", None),
-    (r"\boxed{2.5\,\mu\text{m}}", r"2.5", "boxed", None), (r"\boxed{4\,\mu\mathrm{m}}", r"4", "boxed", None),
-    (r"\boxed{9.5\,M_\odot}", r"9.5", "boxed", None), (r"\boxed{1\ M_{\odot}}", r"1", "boxed", None),
-    (r"\boxed{1.5\,\AA}", r"1.5", "boxed", None), (r"\boxed{1.54\ \mathring{A}}", r"1.54", "boxed", None),
-    (r"\boxed{\sim 9.5}", r"9.5", "boxed", None), (r"\boxed{5^{\text{th}}}", r"5", "boxed", None),
-    (r"\boxed{x^2\Omega}", r"x^2", "boxed", "wrong"),
-    # a unit hides no second answer
-    (r"\boxed{5\text{, 6}}", r"5", "boxed", "wrong"), (r"\boxed{5\text{ apples or 6}}", r"5", "boxed", "wrong"),
-    (r"\boxed{5\text{ but maybe 6}}", r"5", "boxed", "wrong"), (r"\boxed{5\text{ through 100}}", r"5", "boxed", "wrong"),
-    (r"\boxed{5\text{ [6] }}", r"5", "boxed", "wrong"), (r"\boxed{27\text{ m/s2}}", r"27", "boxed", None),
-    (r"\boxed{27\text{ (square units)}}", r"27", "boxed", None),
-    # repeating decimals
-    (r"\boxed{0.\overline{3}}", r"\frac13", "boxed", None), (r"\boxed{\frac{4}{11}}", r"0.\overline{36}", "boxed", None),
-    (r"\boxed{2.\overline{4}}", r"\frac{22}{9}", "boxed", None), (r"\boxed{\frac16}", r"0.1\overline{6}", "boxed", None),
-    (r"\boxed{-.1\overline{6}}", r"-\frac16", "boxed", None), (r"\boxed{0.\overline{3}}", r"0.3", "boxed", "wrong"),
-    (r"\boxed{0.1\overline{6}}", r"0.\overline{16}", "boxed", "wrong"),
-    # the base of a number
-    (r"\boxed{52_7}", r"52", "boxed", "wrong"), (r"\boxed{52_{10}}", r"52", "boxed", None),
-    (r"\boxed{52_{10}}", r"52_8", "boxed", "wrong"), (r"\boxed{4343_{\text{seven}}}", r"4343_6", "boxed", "wrong"),
-    (r"\boxed{4343_{\text{six}}}", r"4343_6", "boxed", None), (r"\boxed{4343}", r"4343_6", "boxed", None),
-    # a union in words
-    (r"\boxed{x<2\text{ or }x>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", None),
-    (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"x<2 or x>3", "boxed", None),
-    (r"\boxed{x<2\text{ or }x \ge 3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
-    (r"\boxed{x<2\text{ or }y>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
-    (r"\boxed{x<2}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
-    # about
-    (r"\boxed{5 \approx 6}", r"5", "boxed", "wrong"),
-    (r"\boxed{\frac{270}{7} \approx 38.57}", r"\frac{270}7", "boxed", None),
-    (r"\boxed{x = \frac13 \approx 0.33}", r"\frac13", "boxed", None), (r"\boxed{x \approx 5}", r"5", "boxed", None),
-    # what only looks
-    (r"\boxed{\boldsymbol{204}}", r"204", "boxed", None), (r"\boxed{\underline{204}}", r"204", "boxed", None),
-    (r"\boxed{\fbox{5}}", r"5", "boxed", None), (r"\boxed{\color{red}{5}}", r"5", "boxed", None),
-    (r"\boxed{\Large 5}", r"5", "boxed", None), (r"\boxed{5\ }", r"5", "boxed", None),
-    (r"\boxed{\text{no}}", r"No", "boxed", None), (r"\boxed{\text{no}}", r"Yes", "boxed", "wrong"),
-    (r"\boxed{\bold{204}}", r"205", "boxed", "wrong"),
-    # six digits of what is no integer
-    (r"\boxed{3.14159}", r"\pi", "boxed", None), (r"\boxed{333.3333}", r"1000/3", "boxed", None),
-    (r"\boxed{123456.78}", r"123456.7812", "boxed", None), (r"\boxed{3.1415}", r"\pi", "boxed", "wrong"),
-    (r"\boxed{333.33}", r"1000/3", "boxed", "wrong"), (r"\boxed{1000000.5}", r"1000000", "boxed", "wrong"),
-    (r"\boxed{1000001.0}", r"1000000", "boxed", "wrong"),
-    # no answer
-    ("The answer is 5.", "5", "boxed", "no_box"), (r"\boxed{5", "5", "boxed", "no_box"), ("", "5", "boxed", "no_box"),
-    (r"\boxed{}", "5", "boxed", "parse_failure"), (r"\boxed{ }", "", "boxed", "parse_failure"),
-    (r"\boxed{" + "(" * 100 + "}", "5", "boxed", "parse_failure"),
-    ("\\boxed{\ud800}", "5", "boxed", "parse_failure"), ("\\boxed{\x00}", "5", "boxed", "parse_failure"),
-    # think: exactly one closing tag, the box after it
-    (r"so 5</think> \boxed{5}", "5", "think", None), (r"<think>so</think>\boxed{5}", "5", "think", None),
-    (r"so 5 \boxed{5}", "5", "think", "no_think"), (r"a</think>b</think>\boxed{5}", "5", "think", "no_think"),
-    (r"so \boxed{5}</think> 5", "5", "think", "no_box"), (r"\boxed{6}</think>\boxed{5}", "6", "think", "wrong"),
-    (r"so</think> \boxed{5}", ["4", "5.0"], "think", None), (r"so 5 </think> \boxed{5}", "5", "boxed", None),
-    # hash: the text after the last one
-    ("8+6=14;14+4=18;#18", "18", "hash", None), ("#17#18 \n", "18", "hash", None), ("#18#17", "18", "hash", "wrong"),
-    ("18", "18", "hash", "no_box"), ("#018", "18", "hash", "wrong"), ("#18;", "18", "hash", "wrong"),
-    ("#18", ["17", "18"], "hash", None), ("#", "", "hash", None), ("", "", "hash", "no_box"),
-])
+
+@pytest.mark.parametrize(
+    "response, answer, style, reason",
+    [
+        # neighbouring boxes: the last one, alone
+        (r"\boxed{1}. \n\n\boxed{2}", "2", "boxed", None),
+        (r"\boxed{2}. \n\n\boxed{1}", "2", "boxed", "wrong"),
+        (r"\boxed{1}. \n\n\boxed{2}", r"\{1, 2\}", "boxed", "wrong"),
+        (r"$\boxed{1}$, $\boxed{2}$", "1", "boxed", "wrong"),
+        # e-notation, on either side and on both
+        (r"\boxed{4.5 \times 10^{33}}", "4.5e33", "boxed", None),
+        (r"\boxed{4.5e33}", r"4.5 \times 10^{33}", "boxed", None),
+        (r"\boxed{4.50E+33}", "4.5e33", "boxed", None),
+        (r"\boxed{45 \cdot 10^{32}}", "4.5e33", "boxed", None),
+        (r"\boxed{4.6e33}", "4.5e33", "boxed", "wrong"),
+        (r"\boxed{1e3}", "1000", "boxed", None),
+        (r"\boxed{-1.5e-2}", "-0.015", "boxed", None),
+        (r"\boxed{.5e1}", "5", "boxed", None),
+        (r"\boxed{2e}", "2 e", "boxed", None),
+        (r"\boxed{2e}", "200", "boxed", "wrong"),
+        # tiny numbers are numbers too
+        (r"\boxed{4.6 \times 10^{-33}}", "4.5e-33", "boxed", "wrong"),
+        (r"\boxed{0.00000002}", "1e-8", "boxed", "wrong"),
+        (r"\boxed{0.0}", r"6.6 \times 10^{-34}", "boxed", "wrong"),
+        (r"\boxed{45e-34}", "4.5e-33", "boxed", None),
+        (r"\boxed{\frac{1}{10^8}}", "0.00000001", "boxed", None),
+        (r"\boxed{0.0}", "0", "boxed", None),
+        # the same number, the same thing
+        (r"\boxed{27}", "27.0", "boxed", None),
+        (r"\boxed{27.0}", "27", "boxed", None),
+        (r"\boxed{27.}", "27", "boxed", None),
+        (r"\boxed{27}", "27.0.", "boxed", None),
+        (r"\boxed{23}", "023", "boxed", None),
+        (r"\boxed{32348}", r"\$32,\!348", "boxed", None),
+        (r"\boxed{\dfrac12}", "0.5", "boxed", None),
+        (r"\boxed{1/2}", r"\frac{1}{2}", "boxed", None),
+        (r"\boxed{0.333333}", "1/3", "boxed", None),
+        (r"\boxed{0.3333}", "1/3", "boxed", "wrong"),
+        (r"\boxed{10\%}", "0.1", "boxed", None),
+        (r"\boxed{2,3}", r"\{3,2\}", "boxed", None),
+        (r"\boxed{(3,2)}", "(2,3)", "boxed", "wrong"),
+        (r"\boxed{(x-1)(x+1)}", "x^2-1", "boxed", None),
+        (r"\boxed{x = 5}", "5", "boxed", None),
+        (r"\boxed{\text{Evelyn}}", "Evelyn", "boxed", None),
+        (r"\boxed{\frac{\sqrt{3}}{\frac{1}{2}}}", r"2\sqrt3", "boxed", None),
+        (r"\boxed{ no  solution }", "no solution", "boxed", None),
+        (r"\boxed{5}, I am sure", " 5\n", "boxed", None),
+        # a set and the relation that describes it, either way round
+        (r"\boxed{x \ge 3}", r"[3,\infty)", "boxed", None),
+        (r"\boxed{[3,\infty)}", r"x \ge 3", "boxed", None),
+        (r"\boxed{0<x<1}", "(0,1)", "boxed", None),
+        (r"\boxed{x > 3}", r"[3,\infty)", "boxed", "wrong"),
+        (r"\boxed{x \ge 3}", "3", "boxed", "wrong"),
+        # any one of a list of answers
+        (r"\boxed{28}", ["27", "28.0"], "boxed", None),
+        (r"\boxed{27}", ["27", "28.0"], "boxed", None),
+        (r"\boxed{29}", ["27", "28.0"], "boxed", "wrong"),
+        (r"\boxed{27, 28}", ["27", "28.0"], "boxed", "wrong"),
+        (r"\boxed{29}", [], "boxed", "wrong"),
+        # plus or minus, wherever it stands
+        (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}", "boxed", None),
+        (r"\boxed{x=\frac{1\pm\sqrt5}{2}}", r"\frac{1\pm\sqrt{5}}{2}", "boxed", None),
+        (r"\boxed{\frac{6\pm4\sqrt2}{2}}", r"3 \pm 2 \sqrt{2}", "boxed", None),
+        (r"\boxed{\frac{1\pm\sqrt5}{2}}", r"\frac{1+\sqrt5}{2}", "boxed", "wrong"),
+        # units with exponents and symbols
+        (r"\boxed{3.0\times10^8\,\mathrm{m\,s^{-1}}}", r"3e8", "boxed", None),
+        (r"\boxed{2.7\times10^{43}\ \mathrm{erg\ s^{-1}}}", r"2.7e43", "boxed", None),
+        (r"\boxed{5\ \Omega}", r"5", "boxed", None),
+        (r"\boxed{5\,\text{k}\Omega}", r"5", "boxed", None),
+        (r"\boxed{2.5\,\mu\text{m}}", r"2.5", "boxed", None),
+        (r"\boxed{4\,\mu\mathrm{m}}", r"4", "boxed", None),
+        (r"\boxed{9.5\,M_\odot}", r"9.5", "boxed", None),
+        (r"\boxed{1\ M_{\odot}}", r"1", "boxed", None),
+        (r"\boxed{1.5\,\AA}", r"1.5", "boxed", None),
+        (r"\boxed{1.54\ \mathring{A}}", r"1.54", "boxed", None),
+        (r"\boxed{\sim 9.5}", r"9.5", "boxed", None),
+        (r"\boxed{5^{\text{th}}}", r"5", "boxed", None),
+        (r"\boxed{x^2\Omega}", r"x^2", "boxed", "wrong"),
+        # a unit hides no second answer
+        (r"\boxed{5\text{, 6}}", r"5", "boxed", "wrong"),
+        (r"\boxed{5\text{ apples or 6}}", r"5", "boxed", "wrong"),
+        (r"\boxed{5\text{ but maybe 6}}", r"5", "boxed", "wrong"),
+        (r"\boxed{5\text{ through 100}}", r"5", "boxed", "wrong"),
+        (r"\boxed{5\text{ [6] }}", r"5", "boxed", "wrong"),
+        (r"\boxed{27\text{ m/s2}}", r"27", "boxed", None),
+        (r"\boxed{27\text{ (square units)}}", r"27", "boxed", None),
+        # repeating decimals
+        (r"\boxed{0.\overline{3}}", r"\frac13", "boxed", None),
+        (r"\boxed{\frac{4}{11}}", r"0.\overline{36}", "boxed", None),
+        (r"\boxed{2.\overline{4}}", r"\frac{22}{9}", "boxed", None),
+        (r"\boxed{\frac16}", r"0.1\overline{6}", "boxed", None),
+        (r"\boxed{-.1\overline{6}}", r"-\frac16", "boxed", None),
+        (r"\boxed{0.\overline{3}}", r"0.3", "boxed", "wrong"),
+        (r"\boxed{0.1\overline{6}}", r"0.\overline{16}", "boxed", "wrong"),
+        # the base of a number
+        (r"\boxed{52_7}", r"52", "boxed", "wrong"),
+        (r"\boxed{52_{10}}", r"52", "boxed", None),
+        (r"\boxed{52_{10}}", r"52_8", "boxed", "wrong"),
+        (r"\boxed{4343_{\text{seven}}}", r"4343_6", "boxed", "wrong"),
+        (r"\boxed{4343_{\text{six}}}", r"4343_6", "boxed", None),
+        (r"\boxed{4343}", r"4343_6", "boxed", None),
+        # a union in words
+        (r"\boxed{x<2\text{ or }x>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", None),
+        (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"x<2 or x>3", "boxed", None),
+        (r"\boxed{x<2\text{ or }x \ge 3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+        (r"\boxed{x<2\text{ or }y>3}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+        (r"\boxed{x<2}", r"(-\infty,2)\cup(3,\infty)", "boxed", "wrong"),
+        # about
+        (r"\boxed{5 \approx 6}", r"5", "boxed", "wrong"),
+        (r"\boxed{\frac{270}{7} \approx 38.57}", r"\frac{270}7", "boxed", None),
+        (r"\boxed{x = \frac13 \approx 0.33}", r"\frac13", "boxed", None),
+        (r"\boxed{x \approx 5}", r"5", "boxed", None),
+        # what only looks
+        (r"\boxed{\boldsymbol{204}}", r"204", "boxed", None),
+        (r"\boxed{\underline{204}}", r"204", "boxed", None),
+        (r"\boxed{\fbox{5}}", r"5", "boxed", None),
+        (r"\boxed{\color{red}{5}}", r"5", "boxed", None),
+        (r"\boxed{\Large 5}", r"5", "boxed", None),
+        (r"\boxed{5\ }", r"5", "boxed", None),
+        (r"\boxed{\text{no}}", r"No", "boxed", None),
+        (r"\boxed{\text{no}}", r"Yes", "boxed", "wrong"),
+        (r"\boxed{\bold{204}}", r"205", "boxed", "wrong"),
+        # six digits of what is no integer
+        (r"\boxed{3.14159}", r"\pi", "boxed", None),
+        (r"\boxed{333.3333}", r"1000/3", "boxed", None),
+        (r"\boxed{123456.78}", r"123456.7812", "boxed", None),
+        (r"\boxed{3.1415}", r"\pi", "boxed", "wrong"),
+        (r"\boxed{333.33}", r"1000/3", "boxed", "wrong"),
+        (r"\boxed{1000000.5}", r"1000000", "boxed", "wrong"),
+        (r"\boxed{1000001.0}", r"1000000", "boxed", "wrong"),
+        # no answer
+        ("The answer is 5.", "5", "boxed", "no_box"),
+        (r"\boxed{5", "5", "boxed", "no_box"),
+        ("", "5", "boxed", "no_box"),
+        (r"\boxed{}", "5", "boxed", "parse_failure"),
+        (r"\boxed{ }", "", "boxed", "parse_failure"),
+        (r"\boxed{" + "(" * 100 + "}", "5", "boxed", "parse_failure"),
+        ("\\boxed{\ud800}", "5", "boxed", "parse_failure"),
+        ("\\boxed{\x00}", "5", "boxed", "parse_failure"),
+        # think: exactly one closing tag, the box after it
+        (r"so 5</think> \boxed{5}", "5", "think", None),
+        (r"<think>so</think>\boxed{5}", "5", "think", None),
+        (r"so 5 \boxed{5}", "5", "think", "no_think"),
+        (r"a</think>b</think>\boxed{5}", "5", "think", "no_think"),
+        (r"so \boxed{5}</think> 5", "5", "think", "no_box"),
+        (r"\boxed{6}</think>\boxed{5}", "6", "think", "wrong"),
+        (r"so</think> \boxed{5}", ["4", "5.0"], "think", None),
+        (r"so 5 </think> \boxed{5}", "5", "boxed", None),
+        # hash: the text after the last one
+        ("8+6=14;14+4=18;#18", "18", "hash", None),
+        ("#17#18 \n", "18", "hash", None),
+        ("#18#17", "18", "hash", "wrong"),
+        ("18", "18", "hash", "no_box"),
+        ("#018", "18", "hash", "wrong"),
+        ("#18;", "18", "hash", "wrong"),
+        ("#18", ["17", "18"], "hash", None),
+        ("#", "", "hash", None),
+        ("", "", "hash", "no_box"),
+    ],
+)
 def test_traps(judge, response, answer, style, reason):
-    assert judge.submit([(response, answer, style)]).result() == [Verdict(float(reason is None), reason)]
+    assert judge.submit([(response, answer, style)]).result() == [
+        Verdict(float(reason is None), reason)
+    ]
 
 
 # box | gold, on which what is right and what is wrong hinges on more than math-verify
@@ -531,24 +644,64 @@ answer = 6 | 5
 """
 
 
-@pytest.mark.parametrize("block, right", [(ACCEPTED, 1.0), (REFUSED, 0.0)], ids=["accepted", "refused"])
+@pytest.mark.parametrize(
+    "block, right", [(ACCEPTED, 1.0), (REFUSED, 0.0)], ids=["accepted", "refused"]
+)
 def test_more_traps(judge, block, right):
     traps = [line.split(" | ") for line in block.strip().splitlines()]
     assert len(traps) > 100
     assert [trap for trap, got in zip(traps, rewards(judge, traps)) if got != right] == []
 
 
-@pytest.mark.parametrize("alike", [
-    ["27", "27.0", " 27 ", "$27$", "27\\text{ cm}", "27.", "\\text{27}", "027", "27^\\circ", "\\$27"],
-    [r"\dfrac{1}{2}", r"\frac12", r"\frac{1}{2}", "1/2", r"$\tfrac{1}{2}$"], [".5", "0.5", "0.50"],
-    ["4.5e33", r"4.5 \times 10^{33}", "4.5*10^33", r"4.50 \cdot 10^{33}"], ["32,348", "32{,}348", r"32\,348", "32348"],
-    [r"\left(3, \frac{\pi}{2}\right)", r"(3,\frac{\pi}{2})"], ["No solution", r"\text{no solution}"], ["x^{2}", "x^2"],
-    [r"1\frac{1}{2}"], ["11/2"], ["12"], ["1 2"], ["-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}"], ["2n"], ["2N"], ["1,2"], ["1.2"],
-    [r"10\%"], ["10", "10.00"], [r"52_8"], [r"52_7"], ["100"], ["(1,2)"], ["[1,2]"], ["1e-8"], ["2e-8"], [""]])
+@pytest.mark.parametrize(
+    "alike",
+    [
+        [
+            "27",
+            "27.0",
+            " 27 ",
+            "$27$",
+            "27\\text{ cm}",
+            "27.",
+            "\\text{27}",
+            "027",
+            "27^\\circ",
+            "\\$27",
+        ],
+        [r"\dfrac{1}{2}", r"\frac12", r"\frac{1}{2}", "1/2", r"$\tfrac{1}{2}$"],
+        [".5", "0.5", "0.50"],
+        ["4.5e33", r"4.5 \times 10^{33}", "4.5*10^33", r"4.50 \cdot 10^{33}"],
+        ["32,348", "32{,}348", r"32\,348", "32348"],
+        [r"\left(3, \frac{\pi}{2}\right)", r"(3,\frac{\pi}{2})"],
+        ["No solution", r"\text{no solution}"],
+        ["x^{2}", "x^2"],
+        [r"1\frac{1}{2}"],
+        ["11/2"],
+        ["12"],
+        ["1 2"],
+        ["-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}"],
+        ["2n"],
+        ["2N"],
+        ["1,2"],
+        ["1.2"],
+        [r"10\%"],
+        ["10", "10.00"],
+        [r"52_8"],
+        [r"52_7"],
+        ["100"],
+        ["(1,2)"],
+        ["[1,2]"],
+        ["1e-8"],
+        ["2e-8"],
+        [""],
+    ],
+)
 def test_canonical(alike):
     """One text for one answer, and none shared with what is something else."""
     assert len({canonical(text) for text in alike}) == 1
-    assert [canonical(text) for text in (canonical(alike[0]), canonical(canonical(alike[0])))] == [canonical(alike[0])] * 2
+    assert [canonical(text) for text in (canonical(alike[0]), canonical(canonical(alike[0])))] == [
+        canonical(alike[0])
+    ] * 2
     CANONICAL.setdefault(canonical(alike[0]), alike)
     assert CANONICAL[canonical(alike[0])] == alike
 
@@ -556,10 +709,19 @@ def test_canonical(alike):
 CANONICAL = {}
 
 
-@pytest.mark.parametrize("response, style, final", [
-    (r"\boxed{1} \boxed{ 2 }", "boxed", " 2 "), ("2", "boxed", None), (r"\boxed{1}</think>\boxed{2}", "think", "2"),
-    (r"\boxed{1}</think>2", "think", None), (r"\boxed{1}", "think", None), (r"</think></think>\boxed{1}", "think", None),
-    ("#1# 2 ", "hash", "2"), ("2", "hash", None)])
+@pytest.mark.parametrize(
+    "response, style, final",
+    [
+        (r"\boxed{1} \boxed{ 2 }", "boxed", " 2 "),
+        ("2", "boxed", None),
+        (r"\boxed{1}</think>\boxed{2}", "think", "2"),
+        (r"\boxed{1}</think>2", "think", None),
+        (r"\boxed{1}", "think", None),
+        (r"</think></think>\boxed{1}", "think", None),
+        ("#1# 2 ", "hash", "2"),
+        ("2", "hash", None),
+    ],
+)
 def test_final_answer(response, style, final):
     assert final_answer(response, style) == final
 
@@ -574,20 +736,34 @@ def test_canonical_takes_any_text(text):
 def golds(tmp_path_factory):
     """Every benchmark's answers, {name: [list of acceptable answers, ...]}."""
     folder = benchmark_folder(tmp_path_factory.mktemp("data"))
-    load = {name: data.load_problems(folder / "benchmarks" / f"{name}.jsonl") for name in data.BENCHMARKS}
-    return {name: [p["answer"] if isinstance(p["answer"], list) else [p["answer"]] for p in problems]
-            for name, problems in load.items()}
+    load = {
+        name: data.load_problems(folder / "benchmarks" / f"{name}.jsonl")
+        for name in data.BENCHMARKS
+    }
+    return {
+        name: [p["answer"] if isinstance(p["answer"], list) else [p["answer"]] for p in problems]
+        for name, problems in load.items()
+    }
 
 
 def rewards(judge, pairs):
-    return [v.reward for v in judge.submit([(rf"So \boxed{{{box}}}.", gold, "boxed") for box, gold in pairs]).result()]
+    return [
+        v.reward
+        for v in judge.submit(
+            [(rf"So \boxed{{{box}}}.", gold, "boxed") for box, gold in pairs]
+        ).result()
+    ]
 
 
 def number(text):
     """The number that a gold is, in plain Python, or None."""
-    text = re.sub(r"\\text\{[^}]*\}|\\mbox.*|\^\{?\\circ\}?|\\%|\\!|[$\s,]|%", "", text).replace(r"\dfrac", r"\frac")
+    text = re.sub(r"\\text\{[^}]*\}|\\mbox.*|\^\{?\\circ\}?|\\%|\\!|[$\s,]|%", "", text).replace(
+        r"\dfrac", r"\frac"
+    )
     text = re.sub(r"^(-?)\\frac\{?(\d+?)\}?\{?(\d+)\}?$", r"\1\2/\3", text)
-    text = re.sub(r"^(?:x|k|n|N)=|(?<=\d)\\times(?=10)", lambda match: "" if "=" in match[0] else "e", text)
+    text = re.sub(
+        r"^(?:x|k|n|N)=|(?<=\d)\\times(?=10)", lambda match: "" if "=" in match[0] else "e", text
+    )
     text = re.sub(r"e10\^\{?(-?\d+)\}?", r"e\1", re.sub(r"^10\^\{?(-?\d+)\}?$", r"1e\1", text))
     try:
         return Fraction(text)
@@ -597,7 +773,10 @@ def number(text):
 
 def really_equal(one, other):
     """By other means than those of reward.py."""
-    bare = [re.sub(r"[\s${}]|\\(?:left|right)|^[xkn]=", "", text).replace("dfrac", "frac").rstrip(".") for text in (one, other)]
+    bare = [
+        re.sub(r"[\s${}]|\\(?:left|right)|^[xkn]=", "", text).replace("dfrac", "frac").rstrip(".")
+        for text in (one, other)
+    ]
     return bare[0] == bare[1] or None is not number(one) == number(other)
 
 
@@ -609,17 +788,45 @@ def test_golds_are_right_as_they_stand_and_in_other_words(judge, golds):
         listed = rewards(judge, [(gold, answer) for answer in answers for gold in answer])
         assert alone == listed == [1.0] * sum(map(len, answers)), name
     distinct = sorted({gold for answers in golds.values() for answer in answers for gold in answer})
-    reword = [lambda gold: gold.replace(r"\frac", r"\dfrac").replace(r"\times", r"\cdot"), lambda gold: gold if "." in gold[-2:] else gold + ".",
-              lambda gold: gold if "$" in gold else f"${gold}$", lambda gold: re.sub(r"([+=])", r" \1 ", gold),
-              lambda gold: gold.replace("(", r"\left(").replace(")", r"\right)") if "left" not in gold and "]" not in gold else gold,
-              lambda gold: gold + r"\text{ cm}" if number(gold) is not None and not re.search("[a-z%]", gold) else gold,
-              lambda gold: gold[:-2] if gold.endswith(".0") else gold + ".0" if re.fullmatch(r"-?\d+", gold) else gold]
-    pairs = [(words, gold) for gold in distinct for words in sorted({change(gold) for change in reword} - {gold})]
+    reword = [
+        lambda gold: gold.replace(r"\frac", r"\dfrac").replace(r"\times", r"\cdot"),
+        lambda gold: gold if "." in gold[-2:] else gold + ".",
+        lambda gold: gold if "$" in gold else f"${gold}$",
+        lambda gold: re.sub(r"([+=])", r" \1 ", gold),
+        lambda gold: (
+            gold.replace("(", r"\left(").replace(")", r"\right)")
+            if "left" not in gold and "]" not in gold
+            else gold
+        ),
+        lambda gold: (
+            gold + r"\text{ cm}"
+            if number(gold) is not None and not re.search("[a-z%]", gold)
+            else gold
+        ),
+        lambda gold: (
+            gold[:-2]
+            if gold.endswith(".0")
+            else gold + ".0"
+            if re.fullmatch(r"-?\d+", gold)
+            else gold
+        ),
+    ]
+    pairs = [
+        (words, gold)
+        for gold in distinct
+        for words in sorted({change(gold) for change in reword} - {gold})
+    ]
     assert len(pairs) > 500
     assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got != 1] == []
-    work = [(f"{gold}+0", gold) for gold in distinct if number(gold) is not None and not re.search(r"[^\d.$-]", gold)]
+    work = [
+        (f"{gold}+0", gold)
+        for gold in distinct
+        if number(gold) is not None and not re.search(r"[^\d.$-]", gold)
+    ]
     work = [(box.replace("$+0", "+0$"), gold) for box, gold in work][:150]
-    assert len(work) > 50 and [pair for pair, got in zip(work, rewards(judge, work)) if got != 1] == []
+    assert (
+        len(work) > 50 and [pair for pair, got in zip(work, rewards(judge, work)) if got != 1] == []
+    )
 
 
 def test_another_problems_answer_is_wrong(judge, golds):
@@ -629,29 +836,53 @@ def test_another_problems_answer_is_wrong(judge, golds):
         for i, answer in enumerate(answers):
             others = rng.sample([j for j in range(len(answers)) if j != i], 3)
             pairs += [(rng.choice(answers[j]), answer) for j in others]
-            pairs += [(str(int(gold) + 1), [gold]) for gold in answer if re.fullmatch(r"-?\d+", gold)]
-    pairs = [(box, answer) for box, answer in pairs if not any(really_equal(box, gold) for gold in answer)]
+            pairs += [
+                (str(int(gold) + 1), [gold]) for gold in answer if re.fullmatch(r"-?\d+", gold)
+            ]
+    pairs = [
+        (box, answer)
+        for box, answer in pairs
+        if not any(really_equal(box, gold) for gold in answer)
+    ]
     assert len(pairs) > 4700
     assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got] == []
 
 
 def test_long_responses_are_read_quickly(judge):
     began = time.monotonic()
-    items = [("think \\ { " * 500_000 + r"\boxed{27}", "27.0", "boxed"), (r"\boxed{" * 200_000, "1", "boxed"),
-             ("{" * 10**6 + "}" * 10**6 + r"\boxed{27.0}", "27", "boxed"),
-             (r"\boxed{" + "1+" * 500_000 + "1}", "500001", "boxed"), ("#" * 10**6, "", "hash")]
-    assert [v.reason for v in judge.submit(items).result()] == [None, "no_box", None, "parse_failure", None]
+    items = [
+        ("think \\ { " * 500_000 + r"\boxed{27}", "27.0", "boxed"),
+        (r"\boxed{" * 200_000, "1", "boxed"),
+        ("{" * 10**6 + "}" * 10**6 + r"\boxed{27.0}", "27", "boxed"),
+        (r"\boxed{" + "1+" * 500_000 + "1}", "500001", "boxed"),
+        ("#" * 10**6, "", "hash"),
+    ]
+    assert [v.reason for v in judge.submit(items).result()] == [
+        None,
+        "no_box",
+        None,
+        "parse_failure",
+        None,
+    ]
     assert time.monotonic() - began < 10
 
 
 # -- an answer always comes -------------------------------------------------------------------------------------------
 
+
 def test_reward_from_the_main_thread_and_from_others():
     """math-verify itself raises off the main thread, which has scored whole runs 0."""
-    asked = [(r"\boxed{20 + 7}", "27.0"), (r"\boxed{28}", "27.0"), (r"\boxed{1/2}", ["2", r"\frac12"])]
+    asked = [
+        (r"\boxed{20 + 7}", "27.0"),
+        (r"\boxed{28}", "27.0"),
+        (r"\boxed{1/2}", ["2", r"\frac12"]),
+    ]
     assert [reward(*pair) for pair in asked] == [1.0, 0.0, 1.0]
     found = {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: reward(*asked[i % 3])})) for i in range(12)]
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: reward(*asked[i % 3])}))
+        for i in range(12)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -661,11 +892,24 @@ def test_reward_from_the_main_thread_and_from_others():
 
 ROWS = r"\\".join("&".join(["1"] * 100) for _ in range(18))
 HOSTILE = [
-    TOWER, r"\boxed{10000000!}", r"\boxed{\binom{10^9}{5 \cdot 10^8}}", r"\boxed{\sum_{k=1}^{10^9} \frac{1}{k^3}}",
-    r"\boxed{\lim_{x\to 0} \frac{\sin(\tan x)-\tan(\sin x)}{x^7}}", r"\boxed{\begin{pmatrix}" + ROWS + r"\end{pmatrix}}",
-    r"\boxed{" + "9" * 4000 + "}", r"\boxed{\sqrt[10^9]{2}}", r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}",
-    r"\boxed{" + r"\frac{1}{" * 400 + "1" + "}" * 400 + "}", r"\boxed{\operatorname{zeros}(10^5, 10^5)}", r"\boxed{" * 150_000,
-    "x" * 10**6 + r"\boxed{20 + 7}", "{" * 10**6, "\\boxed{\0\ud800 5}", r"\boxed{" + r"1\text{a}" * 400 + "}", r"\boxed{\int_0^1 x^{x^x} dx}"]
+    TOWER,
+    r"\boxed{10000000!}",
+    r"\boxed{\binom{10^9}{5 \cdot 10^8}}",
+    r"\boxed{\sum_{k=1}^{10^9} \frac{1}{k^3}}",
+    r"\boxed{\lim_{x\to 0} \frac{\sin(\tan x)-\tan(\sin x)}{x^7}}",
+    r"\boxed{\begin{pmatrix}" + ROWS + r"\end{pmatrix}}",
+    r"\boxed{" + "9" * 4000 + "}",
+    r"\boxed{\sqrt[10^9]{2}}",
+    r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}",
+    r"\boxed{" + r"\frac{1}{" * 400 + "1" + "}" * 400 + "}",
+    r"\boxed{\operatorname{zeros}(10^5, 10^5)}",
+    r"\boxed{" * 150_000,
+    "x" * 10**6 + r"\boxed{20 + 7}",
+    "{" * 10**6,
+    "\\boxed{\0\ud800 5}",
+    r"\boxed{" + r"1\text{a}" * 400 + "}",
+    r"\boxed{\int_0^1 x^{x^x} dx}",
+]
 
 
 def test_no_hostile_text_is_right_or_outlasts_its_time():
@@ -674,7 +918,9 @@ def test_no_hostile_text_is_right_or_outlasts_its_time():
         began = time.monotonic()
         batches = [judge.submit([(text, "5", "boxed")]) for text in HOSTILE]
         verdicts = [batch.result(100)[0] for batch in batches]
-        assert [v.reward for v in verdicts] == [0.0] * len(HOSTILE) and verdicts[0].reason == "timeout"
+        assert [v.reward for v in verdicts] == [0.0] * len(HOSTILE) and verdicts[
+            0
+        ].reason == "timeout"
         assert time.monotonic() - began < 5 * len(HOSTILE)
 
 
@@ -688,7 +934,11 @@ def test_reward_answers_in_time(hostile):
 
 def test_reward_answers_in_time_from_another_thread():
     found = {}
-    thread = threading.Thread(target=lambda: found.update(hostile=reward(TOWER, "5"), right=reward(r"\boxed{20 + 7}", "27")))
+    thread = threading.Thread(
+        target=lambda: found.update(
+            hostile=reward(TOWER, "5"), right=reward(r"\boxed{20 + 7}", "27")
+        )
+    )
     thread.start()
     thread.join(25)
     assert found == {"hostile": 0.0, "right": 1.0}
@@ -698,11 +948,24 @@ def test_no_text_is_evaluated(judge, tmp_path):
     """Neither by sympify() nor by parse_expr(), which end in eval() and to which sympy.Number("1") goes."""
     mark = tmp_path / "evaluated"
     code = f"__import__('pathlib').Path('{mark}').touch()"
-    for text in (code, rf"\text{{{code}}}", f"1+{code}", rf"\operatorname{{exec}}({code})", f"x_{{{code}}}", f"$${code}$$",
-                 rf"\operatorname{{gcd}}({code}, 2)", rf"1\%{code}", f"5, {code}", rf"\frac{{{code}}}{{2}}", f"1e5{code}"):
+    for text in (
+        code,
+        rf"\text{{{code}}}",
+        f"1+{code}",
+        rf"\operatorname{{exec}}({code})",
+        f"x_{{{code}}}",
+        f"$${code}$$",
+        rf"\operatorname{{gcd}}({code}, 2)",
+        rf"1\%{code}",
+        f"5, {code}",
+        rf"\frac{{{code}}}{{2}}",
+        f"1e5{code}",
+    ):
         assert rewards(judge, [(text, "5"), ("5", text), (text, f"{text} + 0")])[:2] == [0.0, 0.0]
     code = "import reward, sympy; reward._grader(); sympy.sympify('1 + 1')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert not mark.exists() and "never evaluated" in done.stderr
 
 
@@ -711,7 +974,11 @@ def test_start_starts_the_workers():
         judge.start()
         first = judge.pids()
         judge.start()
-        assert len(first) == 2 and rewards(judge, [("20 + 7", "27.0")]) == [1.0] and judge.pids() == first
+        assert (
+            len(first) == 2
+            and rewards(judge, [("20 + 7", "27.0")]) == [1.0]
+            and judge.pids() == first
+        )
     with pytest.raises(RuntimeError, match="closed"):
         judge.start()
 
@@ -721,16 +988,34 @@ def test_the_same_request_is_judged_once():
     with Judge(workers=1, timeout=3) as judge:
         judge.start()
         began = time.monotonic()
-        items = [(TOWER, "5", "boxed"), SUM, (r"\boxed{1 + 1}", "3", "boxed"), (TOWER, ["5"], "boxed")] * 50
+        items = [
+            (TOWER, "5", "boxed"),
+            SUM,
+            (r"\boxed{1 + 1}", "3", "boxed"),
+            (TOWER, ["5"], "boxed"),
+        ] * 50
         verdicts = judge.submit(items).result(100)
         assert time.monotonic() - began < 30
-        assert verdicts == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong"), Verdict(0.0, "timeout")] * 50
+        assert (
+            verdicts
+            == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong"), Verdict(0.0, "timeout")] * 50
+        )
 
 
-@pytest.mark.parametrize("arguments", [
-    (None, "5"), (5, "5"), (r"\boxed{5}", None), (r"\boxed{5}", 5), (r"\boxed{5}", [5]), (r"\boxed{5}", "5", "nope"),
-    (b"\\boxed{5}", "5"), (r"\boxed{5}", "5", None), (r"\boxed{5}", "5", ["boxed"]),
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (None, "5"),
+        (5, "5"),
+        (r"\boxed{5}", None),
+        (r"\boxed{5}", 5),
+        (r"\boxed{5}", [5]),
+        (r"\boxed{5}", "5", "nope"),
+        (b"\\boxed{5}", "5"),
+        (r"\boxed{5}", "5", None),
+        (r"\boxed{5}", "5", ["boxed"]),
+    ],
+)
 def test_reward_never_raises(arguments, caplog):
     assert reward(*arguments) == 0.0
     assert "scored 0" in caplog.text
@@ -747,7 +1032,10 @@ def test_submit_says_what_is_wrong(judge):
 
 
 def test_verdicts_keep_their_order(judge):
-    batches = [judge.submit([(rf"\boxed{{{i} + 0}}", str(i // 2 * 2), "boxed") for i in range(60)]) for _ in range(3)]
+    batches = [
+        judge.submit([(rf"\boxed{{{i} + 0}}", str(i // 2 * 2), "boxed") for i in range(60)])
+        for _ in range(3)
+    ]
     assert [[v.reward for v in batch.result()] for batch in batches] == [[1.0, 0.0] * 30] * 3
 
 
@@ -774,7 +1062,9 @@ def test_a_killed_worker_is_replaced_and_its_item_judged_again():
     with Watched(workers=2, timeout=60) as judge:
         judge.submit(sums(20)).result()
         for pid in judge.started():
-            os.kill(pid, signal.SIGSTOP)  # so that the kill below hits them with an item each in hand
+            os.kill(
+                pid, signal.SIGSTOP
+            )  # so that the kill below hits them with an item each in hand
         batch = judge.submit(sums(20))
         time.sleep(0.3)
         for pid in judge.pids():
@@ -790,7 +1080,9 @@ def test_an_item_that_kills_its_worker_twice_is_a_crash():
         batch = judge.submit([(TOWER, "5", "boxed"), SUM])
         for _ in range(2):
             worker = judge.started()[0]
-            while sum(map(int, Path(f"/proc/{worker}/stat").read_text().split()[13:15])) < 200:  # clock ticks of 10 ms
+            while (
+                sum(map(int, Path(f"/proc/{worker}/stat").read_text().split()[13:15])) < 200
+            ):  # clock ticks of 10 ms
                 time.sleep(0.02)  # until it computes: importing takes less
             judge.others.add(worker)
             os.kill(worker, signal.SIGKILL)
@@ -828,17 +1120,22 @@ def test_close_finishes_the_work_and_ends_the_workers():
 def test_text_needs_no_process():
     before = set(pids())
     with Judge() as judge:
-        batch = judge.submit([("#18", "18", "hash"), (r"\boxed{5}", "5", "boxed"), ("5", "5", "boxed")])
+        batch = judge.submit(
+            [("#18", "18", "hash"), (r"\boxed{5}", "5", "boxed"), ("5", "5", "boxed")]
+        )
         assert batch.done() and set(pids()) == before
 
 
 # -- other people's scripts -------------------------------------------------------------------------------------------
 
+
 def test_a_script_without_main_guard_and_its_forks(tmp_path):
     """Modules beside reward.py are not the worker's, and nothing but the script itself prints."""
     for name in ("math_verify", "sympy", "antlr4"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
-    done = script(tmp_path, r"""
+    done = script(
+        tmp_path,
+        r"""
 import os
 from reward import Judge, reward
 print(reward(r"\boxed{20 + 7}", "27.0"), reward(r"\boxed{28}", "27.0"), flush=True)
@@ -847,13 +1144,16 @@ if os.fork() == 0:  # the parent's threads are not here
     os._exit(0)
 os.wait()
 print(Judge(1, 1.5).submit([(r"\boxed{9^{9^{9^{9^9}}}}", "5", "boxed")]).result()[0].reason)
-""")
+""",
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1.0 0.0\n1.0 0.0\ntimeout\n", "")
 
 
 def test_workers_die_with_their_parent(tmp_path):
     """Even in the middle of something that never ends, when the parent had no chance to clean up."""
-    done = script(tmp_path, rf"""
+    done = script(
+        tmp_path,
+        rf"""
 import os, signal, sys, time
 sys.path += [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from test_reward import TOWER, Watched, sums
@@ -863,12 +1163,15 @@ judge.submit([(TOWER, "5", "boxed"), (TOWER, "6", "boxed")])
 time.sleep(1)
 print(*judge.started(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
-""")
+""",
+    )
     workers = done.stdout.split()
     assert len(workers) == 2
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
-              for pid in workers):
+    while any(
+        Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+        for pid in workers
+    ):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.1)
 
@@ -876,7 +1179,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_no_math_verify_is_an_error_not_a_wrong_answer(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "math_verify.py").write_text("raise ImportError('no antlr here')")
-    done = script(tmp_path, r"""
+    done = script(
+        tmp_path,
+        r"""
 from reward import Judge, reward
 try:
     Judge(2).start()
@@ -887,8 +1192,15 @@ try:
 except RuntimeError as error:
     print(error)
 print(reward(r"\boxed{20 + 7}", "27.0"))
-""", env={**os.environ, "PYTHONPATH": str(tmp_path / "broken")})
-    assert done.stdout.count("no antlr here") == 2 and done.stdout.startswith("start: no reward worker") and "is math-verify" in done.stdout and done.stdout.endswith("\n0.0\n")
+""",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "broken")},
+    )
+    assert (
+        done.stdout.count("no antlr here") == 2
+        and done.stdout.startswith("start: no reward worker")
+        and "is math-verify" in done.stdout
+        and done.stdout.endswith("\n0.0\n")
+    )
     assert "scored 0" in done.stderr
 
 
@@ -921,9 +1233,20 @@ def mine(tmp_path, monkeypatch):
 
 def test_an_own_function_judges_beside_the_others(mine):
     with Judge(2) as judge:
-        items = [(text, ["7", "8"], "my_own_rewards:grade") for text in ("all", "half", "neither", "")]
-        verdicts = judge.submit([*items, ("all", "7", "my_own_rewards:grade"), (r"\boxed{7.0}", "7", "boxed")]).result()
-    assert verdicts == [(1.0, None), (0.5, "wrong"), (-1.0, "wrong"), (-1.0, "wrong"), (0.0, "wrong"), (1.0, None)]
+        items = [
+            (text, ["7", "8"], "my_own_rewards:grade") for text in ("all", "half", "neither", "")
+        ]
+        verdicts = judge.submit(
+            [*items, ("all", "7", "my_own_rewards:grade"), (r"\boxed{7.0}", "7", "boxed")]
+        ).result()
+    assert verdicts == [
+        (1.0, None),
+        (0.5, "wrong"),
+        (-1.0, "wrong"),
+        (-1.0, "wrong"),
+        (0.0, "wrong"),
+        (1.0, None),
+    ]
 
 
 def test_an_own_function_that_fails_is_no_verdict(mine):
@@ -936,8 +1259,14 @@ def test_an_own_function_that_fails_is_no_verdict(mine):
         assert judge.submit([("all", ["7", "8"], "my_own_rewards:grade")]).result() == [(1.0, None)]
 
 
-@pytest.mark.parametrize("function, why", [
-    ("absent_module:f", "No module named"), ("my_own_rewards:absent", "no attribute"), ("my_own_rewards:three", "no function")])
+@pytest.mark.parametrize(
+    "function, why",
+    [
+        ("absent_module:f", "No module named"),
+        ("my_own_rewards:absent", "no attribute"),
+        ("my_own_rewards:three", "no function"),
+    ],
+)
 def test_no_such_function(mine, function, why):
     with pytest.raises(ValueError, match=why):
         own(function)

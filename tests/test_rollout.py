@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import command
 from transformers import AutoModelForCausalLM
 from workers import LENGTH, PROMPTS, tiny_model
 
+from conftest import command
 from rollout import as_response, request_seed
 from train import generate
 
@@ -28,14 +28,18 @@ def folder(tmp_path_factory):
 def launch(job, folder, world):
     done = command("tests/workers.py", job, folder, ranks=world, env={"PYTHONHASHSEED": str(world)})
     assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{job}-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    return [
+        torch.load(folder / f"{job}-{world}-{rank}.pt", weights_only=False) for rank in range(world)
+    ]
 
 
 @pytest.fixture(scope="module")
 def seen(folder):
     """What the two programs saw, which run at the same time: {world: [rank 0's, …]}."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip((1, 2), pool.map(launch, ("engine_one", "engine_two"), (folder, folder), (1, 2))))
+        return dict(
+            zip((1, 2), pool.map(launch, ("engine_one", "engine_two"), (folder, folder), (1, 2)))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,11 @@ def two(seen):
 
 def same(responses, others, tolerance=0.0):
     return len(responses) == len(others) and all(
-        torch.equal(a["response"], b["response"]) and a["truncated"] == b["truncated"]
-        and (a["logp_sampler"] - b["logp_sampler"]).abs().max() <= tolerance for a, b in zip(responses, others))
+        torch.equal(a["response"], b["response"])
+        and a["truncated"] == b["truncated"]
+        and (a["logp_sampler"] - b["logp_sampler"]).abs().max() <= tolerance
+        for a, b in zip(responses, others)
+    )
 
 
 # ---- weights
@@ -62,43 +69,76 @@ def same(responses, others, tolerance=0.0):
 def test_weights_arrive(one, model):
     seen = one[model]
     assert seen["gap"] < 1e-4 and seen["gap, updated"] < 1e-4
-    assert seen["gap, stale"] > 1e-3  # the comparison can tell the weights of two neighbouring steps apart
+    assert (
+        seen["gap, stale"] > 1e-3
+    )  # the comparison can tell the weights of two neighbouring steps apart
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_weights_arrive_at_two_ranks(two, tp):
     for rank in two:
-        assert rank[tp]["gap"] < 1e-4 and rank[tp]["gap, updated"] < 1e-4 and rank[tp]["gap, stale"] > 1e-3
+        assert (
+            rank[tp]["gap"] < 1e-4
+            and rank[tp]["gap, updated"] < 1e-4
+            and rank[tp]["gap, stale"] > 1e-3
+        )
 
 
 def test_alarms(one):
     assert "version None" in one["before the first update"]
     seen = one["alarms"]
     assert "version 0" in seen["wrong version"] and "version 1" in seen["wrong version"]
-    for name, culprit in (("missing", "model.norm.weight"), ("missing head", "lm_head.weight"),
-                          ("unknown", "model.extra.weight"), ("unexpected", "model.norm.weight")):
+    for name, culprit in (
+        ("missing", "model.norm.weight"),
+        ("missing head", "lm_head.weight"),
+        ("unknown", "model.extra.weight"),
+        ("unexpected", "model.norm.weight"),
+    ):
         assert culprit in seen[name]
-        assert all(seen[name + ", then"])  # neither the old version nor the failed one can be asked for
+        assert all(
+            seen[name + ", then"]
+        )  # neither the old version nor the failed one can be asked for
     assert seen["gap"] < 1e-4  # a right update mends it
     assert "consumed to the end: False" in one["sleeping"]["not consumed"]
 
 
 def test_order_of_calls_around_sleep(one):
     """Memory for the weights, the weights, then the cache, before anything is generated; no wake-up without weights."""
-    wake = ["wake ['weights']", "reload_weights ['a', 'b']", "reset cache", "wake ['kv_cache']", "generate"]
+    wake = [
+        "wake ['weights']",
+        "reload_weights ['a', 'b']",
+        "reset cache",
+        "wake ['kv_cache']",
+        "generate",
+    ]
     assert one["sleeping"]["calls"] == ["sleep 2", *wake, "sleep 2", *wake, "sleep 2", *wake]
-    for r in one["sleeping"]["responses"]:  # the first log-prob of a position is the sampled token's
+    for r in one["sleeping"][
+        "responses"
+    ]:  # the first log-prob of a position is the sampled token's
         assert r["response"].tolist() == [4] and r["logp_sampler"].tolist() == [-0.5]
     assert "expandable_segments" in one["sleeping"]["nothing freed"]
-    assert "older weights" in one["sleeping"]["old blocks"][0] and "version None" in one["sleeping"]["old blocks"][1]
-    assert one["put to sleep"] == 1  # from the start: the trainer fills the memory before the first update
+    assert (
+        "older weights" in one["sleeping"]["old blocks"][0]
+        and "version None" in one["sleeping"]["old blocks"][1]
+    )
+    assert (
+        one["put to sleep"] == 1
+    )  # from the start: the trainer fills the memory before the first update
     assert all("asleep" in message for message in one["sleeping"]["asleep"])
 
 
-@pytest.mark.parametrize("name, words", [
-    ("fewer", ["1 responses to 2 requests"]), ("none", ["0 responses to 2 requests"]), ("empty", ["response 1 of 2", "0 tokens"]),
-    ("NaN", ["response 1 of 2", "not finite"]), ("null", ["response 1 of 2", "not finite"]), ("infinite", ["response 0 of 2", "not finite"]),
-    ("absent", ["no log-probs"])])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("fewer", ["1 responses to 2 requests"]),
+        ("none", ["0 responses to 2 requests"]),
+        ("empty", ["response 1 of 2", "0 tokens"]),
+        ("NaN", ["response 1 of 2", "not finite"]),
+        ("null", ["response 1 of 2", "not finite"]),
+        ("infinite", ["response 0 of 2", "not finite"]),
+        ("absent", ["no log-probs"]),
+    ],
+)
 def test_less_than_a_whole_response_to_each_request_is_refused(one, name, words):
     assert all(word in one["sleeping"][name] for word in words), one["sleeping"][name]
 
@@ -113,7 +153,9 @@ def test_stop_tokens_end_a_response(one):
     ends = [r["response"][-1].item() for r in one["exported"]["stopping"]]
     assert ends.count(9) > 2
     for r, end in zip(one["exported"]["stopping"], ends):
-        assert not {1, 9} & set(r["response"][:-1].tolist()) and r["truncated"] == (end not in (1, 9))
+        assert not {1, 9} & set(r["response"][:-1].tolist()) and r["truncated"] == (
+            end not in (1, 9)
+        )
 
 
 # ---- samples
@@ -128,7 +170,9 @@ def test_responses_end_as_they_say(one):
         assert r["response"].shape == r["logp_sampler"].shape == (len(tokens),)
         assert EOS not in tokens[:-1] and r["truncated"] == (tokens[-1] != EOS)
         assert len(tokens) == LENGTH if r["truncated"] else len(tokens) <= LENGTH
-    for prompt, r in zip(PROMPTS, one["sampling"]["long"]):  # max_tokens beyond the engine's 48: cut by that
+    for prompt, r in zip(
+        PROMPTS, one["sampling"]["long"]
+    ):  # max_tokens beyond the engine's 48: cut by that
         assert r["truncated"] == (r["response"][-1] != EOS)
         assert not r["truncated"] or len(prompt) + len(r["response"]) == 48
 
@@ -136,8 +180,12 @@ def test_responses_end_as_they_say(one):
 def test_a_response_depends_on_its_own_seed_alone(one):
     seen = one["sampling"]
     assert same(seen["whole"], seen["again"])
-    assert sorted(seen["parts"]) == list(range(12)) and same(seen["whole"], [seen["parts"][i] for i in range(12)])
-    assert all(not same([a], [b]) for a, b in zip(seen["whole"][:6], seen["whole"][6:]))  # one prompt, two seeds
+    assert sorted(seen["parts"]) == list(range(12)) and same(
+        seen["whole"], [seen["parts"][i] for i in range(12)]
+    )
+    assert all(
+        not same([a], [b]) for a, b in zip(seen["whole"][:6], seen["whole"][6:])
+    )  # one prompt, two seeds
 
 
 def test_number_of_ranks_does_not_matter(one, two):
@@ -146,7 +194,10 @@ def test_number_of_ranks_does_not_matter(one, two):
         assert same(whole, rank[1]["responses"]) and same(whole, rank[2]["responses"], 1e-4)
         for tp, tolerance in ((1, 0.0), (2, 1e-4)):
             assert set(rank[tp]["few"]) == {0, 1, 3}
-            assert all(same(responses, whole[:count], tolerance) for count, responses in rank[tp]["few"].items())
+            assert all(
+                same(responses, whole[:count], tolerance)
+                for count, responses in rank[tp]["few"].items()
+            )
 
 
 def test_greedy_is_the_argmax_of_every_step(one, folder):
@@ -156,7 +207,7 @@ def test_greedy_is_the_argmax_of_every_step(one, folder):
         ids = torch.cat([torch.tensor(prompt), r["response"]])
         with torch.no_grad():
             best = model(input_ids=ids[None]).logits[0].argmax(-1)
-        assert torch.equal(best[len(prompt) - 1:-1], r["response"])
+        assert torch.equal(best[len(prompt) - 1 : -1], r["response"])
     assert same(one["sampling"]["greedy"], one["sampling"]["greedy again"])  # whatever the seeds
 
 
@@ -194,9 +245,16 @@ def test_the_trainer_s_generators_are_left_alone(one, two):
 
 
 def test_request_seed_is_distinct_and_63_bit():
-    parts = [*itertools.product(range(3), range(20), range(20), range(8)), (1, 11), (11, 1), (1, 1, 1), (111,), ("a",)]
+    parts = [
+        *itertools.product(range(3), range(20), range(20), range(8)),
+        (1, 11),
+        (11, 1),
+        (1, 1, 1),
+        (111,),
+        ("a",),
+    ]
     seeds = {request_seed(*part) for part in parts}
-    assert len(seeds) == len(parts) and all(0 <= seed < 2 ** 63 for seed in seeds)
+    assert len(seeds) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
     ones = sum(seed.bit_count() for seed in seeds) / len(seeds)
     assert 31 < ones < 32 and max(seeds).bit_length() == 63  # 63 fair bits
 

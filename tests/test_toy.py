@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import toy
+from infra import toy
 
 EQUATIONS = re.compile(r"(\d+)\+(\d+)=(\d+);(\d+)\+(\d+)=(\d+);#(\d+)")
 TWICE = re.compile(r"(\d+)\+(\d+)=(\d+);\1\+\2=\3;(\d+)\+(\d+)=(\d+);\4\+\5=\6;#(\d+)")
@@ -58,12 +58,17 @@ def read(problem, text):
 @pytest.fixture(scope="module")
 def demonstrations():
     rng = random.Random(5)
-    return [(p["problem"], toy.demonstration(p["problem"], rng)) for p in toy.problems("train") * 20]
+    return [
+        (p["problem"], toy.demonstration(p["problem"], rng)) for p in toy.problems("train") * 20
+    ]
 
 
 def share_is(hits, expected, sigmas=4):
     hits = list(hits)
-    assert abs(sum(hits) / len(hits) - expected) < sigmas * (expected * (1 - expected) / len(hits)) ** 0.5
+    assert (
+        abs(sum(hits) / len(hits) - expected)
+        < sigmas * (expected * (1 - expected) / len(hits)) ** 0.5
+    )
 
 
 def test_demonstrations_have_the_recipe_s_shares(demonstrations):
@@ -73,13 +78,15 @@ def test_demonstrations_have_the_recipe_s_shares(demonstrations):
     right = 1 - toy.RECIPE["noise"]
     share_is([first == 0 for _, first, _ in found], right)
     share_is([second == 0 for _, _, second in found], right)
-    share_is([first == second == 0 for _, first, second in found], right ** 2)
+    share_is([first == second == 0 for _, first, second in found], right**2)
     for style in toy.RECIPE["styles"]:  # the noise does not depend on the style
-        share_is([first == second == 0 for s, first, second in found if s == style], right ** 2)
+        share_is([first == second == 0 for s, first, second in found if s == style], right**2)
 
 
 def test_half_of_the_errors_where_a_carry_is_due_forget_it(demonstrations):
-    errors = [read(p, text)[1] for p, text in demonstrations if int(p[0]) + int(p[2]) >= 10]  # of the first addition
+    errors = [
+        read(p, text)[1] for p, text in demonstrations if int(p[0]) + int(p[2]) >= 10
+    ]  # of the first addition
     share_is([error == -10 for error in errors if error], 0.5)
     for error in (-2, -1, 1, 2):
         share_is([e == error for e in errors if e], 0.125)
@@ -123,7 +130,10 @@ def test_model_is_made_once_for_each_recipe(cache, monkeypatch):
     folder = toy.model_folder()
     assert Path(folder).parent == cache and [p.name for p in cache.iterdir()] == [Path(folder).name]
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert model.config.eos_token_id == tokenizer.eos_token_id == 1
     assert model.config.hidden_size // model.config.num_attention_heads == toy.HEAD_SIZE
     assert model(torch.tensor([tokenizer.encode("2+3+4=")])).logits.shape == (1, 6, 16)
@@ -162,19 +172,32 @@ def test_two_at_once_and_one_that_waits(cache, monkeypatch):
         both.wait()
 
     monkeypatch.setattr(toy, "warm_up", warm_up)
-    threads = [threading.Thread(target=lambda first=first: found.append(toy.model_folder(first)))
-               for first in (False, True, True)]
+    threads = [
+        threading.Thread(target=lambda first=first: found.append(toy.model_folder(first)))
+        for first in (False, True, True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
     assert len(found) == 3 and len(set(found)) == 1
-    assert [str(p) for p in cache.iterdir()] == [found[0]] and (Path(found[0]) / "weights").read_text() == "x"
+    assert [str(p) for p in cache.iterdir()] == [found[0]] and (
+        Path(found[0]) / "weights"
+    ).read_text() == "x"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     """One line that says what to set, from the program too."""
     (tmp_path / "file").write_text("mine")
-    done = subprocess.run([sys.executable, toy.__file__], capture_output=True, text=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")})
+    done = subprocess.run(
+        [sys.executable, toy.__file__],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")},
+    )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "cannot be kept in" in done.stderr and "Not a directory" in done.stderr and "XDG_CACHE_HOME" in done.stderr
+    assert (
+        "cannot be kept in" in done.stderr
+        and "Not a directory" in done.stderr
+        and "XDG_CACHE_HOME" in done.stderr
+    )

@@ -19,9 +19,24 @@ import time
 from pathlib import Path
 
 CHARACTERS = ["<pad>", "<eos>", *"0123456789+=;#"]
-RECIPE = dict(version=1, hidden_size=64, layers=3, heads=2, intermediate_size=128, steps=800, batch=64, lr=4e-3, warmup=30,
-              noise=0.45, styles=dict(equations=0.60, twice=0.25, totals=0.15), held_out=128, seed=0)
-HEAD_SIZE = 32  # vLLM's CPU attention takes 32, 64, 80, 96 …; hidden_size / heads must be one of them
+RECIPE = dict(
+    version=1,
+    hidden_size=64,
+    layers=3,
+    heads=2,
+    intermediate_size=128,
+    steps=800,
+    batch=64,
+    lr=4e-3,
+    warmup=30,
+    noise=0.45,
+    styles=dict(equations=0.60, twice=0.25, totals=0.15),
+    held_out=128,
+    seed=0,
+)
+HEAD_SIZE = (
+    32  # vLLM's CPU attention takes 32, 64, 80, 96 …; hidden_size / heads must be one of them
+)
 
 
 def problems(split):
@@ -30,7 +45,10 @@ def problems(split):
     triples.sort(key=lambda t: hashlib.sha256("{}+{}+{}=".format(*t).encode()).digest())
     held = RECIPE["held_out"]
     chosen = {"train": triples[held:], "test": triples[:held]}[split]
-    return [{"id": "toy/{}{}{}".format(*t), "problem": "{}+{}+{}=".format(*t), "answer": str(sum(t))} for t in chosen]
+    return [
+        {"id": "toy/{}{}{}".format(*t), "problem": "{}+{}+{}=".format(*t), "answer": str(sum(t))}
+        for t in chosen
+    ]
 
 
 def demonstration(problem, rng):
@@ -56,7 +74,9 @@ def make_tokenizer():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="<pad>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
@@ -74,22 +94,41 @@ def warm_up(folder):
     torch.set_num_threads(1)  # the same model on every machine
     with torch.random.fork_rng():
         torch.manual_seed(recipe["seed"])
-        model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=len(CHARACTERS), hidden_size=recipe["hidden_size"], intermediate_size=recipe["intermediate_size"],
-            num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"], num_key_value_heads=recipe["heads"],
-            max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, bos_token_id=None))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01)
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(CHARACTERS),
+                hidden_size=recipe["hidden_size"],
+                intermediate_size=recipe["intermediate_size"],
+                num_hidden_layers=recipe["layers"],
+                num_attention_heads=recipe["heads"],
+                num_key_value_heads=recipe["heads"],
+                max_position_embeddings=64,
+                tie_word_embeddings=True,
+                eos_token_id=1,
+                pad_token_id=0,
+                bos_token_id=None,
+            )
+        )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01
+    )
     train, rng = problems("train"), random.Random(recipe["seed"])
     for step in tqdm(range(recipe["steps"]), desc="warming up the embedded default", unit="step"):
         rows, targets = [], []
         for problem in rng.choices(train, k=recipe["batch"]):
             prompt = tokenizer.encode(problem["problem"])
-            row = prompt + tokenizer.encode(demonstration(problem["problem"], rng)) + [tokenizer.eos_token_id]
+            row = (
+                prompt
+                + tokenizer.encode(demonstration(problem["problem"], rng))
+                + [tokenizer.eos_token_id]
+            )
             rows.append(row)
-            targets.append([-100] * len(prompt) + row[len(prompt):])  # the prompt is not learned
+            targets.append([-100] * len(prompt) + row[len(prompt) :])  # the prompt is not learned
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])  # (batch, L)
-        labels = torch.tensor([row + [-100] * (longest - len(row)) for row in targets])  # (batch, L)
+        labels = torch.tensor(
+            [row + [-100] * (longest - len(row)) for row in targets]
+        )  # (batch, L)
         logits = model(input_ids=ids[:, :-1]).logits  # (batch, L - 1, V)
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         decay = 0.1 + 0.45 * (1 + math.cos(math.pi * step / recipe["steps"]))  # cosine down to 10 %
@@ -119,12 +158,16 @@ def model_folder(first=True):
             cache.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix="warming-", dir=cache))
         except OSError as error:
-            raise OSError(f"the embedded default cannot be kept in {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written") from None
+            raise OSError(
+                f"the embedded default cannot be kept in {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written"
+            ) from None
         try:
             warm_up(aside)
             os.rename(aside, folder)
         except OSError:
-            if not folder.exists():  # unless another process finished first: then its copy is the same
+            if (
+                not folder.exists()
+            ):  # unless another process finished first: then its copy is the same
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -10,27 +10,64 @@ points and more are drawn faint, under their running median over a twentieth. Th
 
 import json
 import statistics
+import sys
 from pathlib import Path
 
-from config import Parser, exit_bad_input
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from infra.config import Parser, exit_bad_input
 
-X_LABELS = {"total_rollouts": "fresh rollouts (responses)", "step": "training step", "seconds": "training time (s)"}
+X_LABELS = {
+    "total_rollouts": "fresh rollouts (responses)",
+    "step": "training step",
+    "seconds": "training time (s)",
+}
 PANELS = (  # x, title, y axis, {metric: (line style, name in the panel's legend)}
-    ("total_rollouts", "Accuracy by rollouts", "right answers (share)", {"eval_accuracy": ("-", "")}),
+    (
+        "total_rollouts",
+        "Accuracy by rollouts",
+        "right answers (share)",
+        {"eval_accuracy": ("-", "")},
+    ),
     ("step", "Accuracy by steps", "right answers (share)", {"eval_accuracy": ("-", "")}),
     ("seconds", "Accuracy by time", "right answers (share)", {"eval_accuracy": ("-", "")}),
-    ("step", "Importance ratio", "mean ratio per token",
-     {"ratio_mean_history": ("-", "history"), "ratio_mean_fresh": ("--", "fresh")}),
+    (
+        "step",
+        "Importance ratio",
+        "mean ratio per token",
+        {"ratio_mean_history": ("-", "history"), "ratio_mean_fresh": ("--", "fresh")},
+    ),
     ("step", "Response length", "mean length (tokens)", {"length_mean": ("-", "")}),
     ("step", "Reflection", "responses that reflect (share)", {"reflection_rate": ("-", "")}),
     ("step", "Entropy", "policy entropy (nats per token)", {"entropy": ("-", "")}),
-    ("step", "KL divergence", "KL (nats per token)", {"kl_base": ("-", "to base"), "kl_prev": ("--", "to precedent")}),
+    (
+        "step",
+        "KL divergence",
+        "KL (nats per token)",
+        {"kl_base": ("-", "to base"), "kl_prev": ("--", "to precedent")},
+    ),
     ("step", "Staleness", "mean age of samples (versions)", {"staleness": ("-", "")}),
 )
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 # Runs may differ in these flags and still be one curve.
-NOT_IN_LABEL = {"algo", "seed", "out", "resume", "steps", "eval_every", "save_every", "keep", "samples", "threads",
-                "dry_run", "tensorboard", "wandb", "max_skipped", "max_equal_rewards", "dump_rollouts", "replay"}
+NOT_IN_LABEL = {
+    "algo",
+    "seed",
+    "out",
+    "resume",
+    "steps",
+    "eval_every",
+    "save_every",
+    "keep",
+    "samples",
+    "threads",
+    "dry_run",
+    "tensorboard",
+    "wandb",
+    "max_skipped",
+    "max_equal_rewards",
+    "dump_rollouts",
+    "replay",
+}
 NO_NUMBERS = {"phase", "staleness", "eval_accuracy_by_part"}  # among a run's metrics
 
 
@@ -46,15 +83,24 @@ def load_run(folder):
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: missing, or not that of a run ({type(error).__name__})") from None
+        raise ValueError(
+            f"{path}: missing, or not that of a run ({type(error).__name__})"
+        ) from None
     for number, line in enumerate(lines, 1):
         try:
             row = dict(json.loads(line))
-            for values in (row.get("staleness") or [], [value for key, value in row.items() if key not in NO_NUMBERS]):
-                sum(value for value in values if value is not None)  # TypeError where one is no number
+            for values in (
+                row.get("staleness") or [],
+                [value for key, value in row.items() if key not in NO_NUMBERS],
+            ):
+                sum(
+                    value for value in values if value is not None
+                )  # TypeError where one is no number
             metrics.append(row)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object of a run's metrics ({error})") from None
+            raise ValueError(
+                f"{path}, line {number}: not a JSON object of a run's metrics ({error})"
+            ) from None
     if not metrics:
         raise ValueError(f"{path}: no metrics yet")
     return {"config": config, "metrics": metrics}
@@ -98,13 +144,22 @@ def curve(axis, lines, colour, style="-"):
     xs = [[x for x, _ in line] for line in lines]
     if len(lines) > 1 and all(x == xs[0] for x in xs):
         ys = [[y for _, y in column] for column in zip(*lines)]
-        axis.fill_between(xs[0], [min(y) for y in ys], [max(y) for y in ys], color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(
+            xs[0], [min(y) for y in ys], [max(y) for y in ys], color=colour, alpha=0.15, linewidth=0
+        )
         lines = [list(zip(xs[0], [statistics.median(y) for y in ys]))]
     for line in lines:
         x, y = zip(*line)
         half = len(y) // 40
-        smooth = [statistics.median(y[max(i - half, 0):i + half + 1]) for i in range(len(y))]
-        axis.plot(x, smooth, style, color=colour, linewidth=1.6 if len(lines) == 1 else 0.9, marker="." * (len(y) == 1))
+        smooth = [statistics.median(y[max(i - half, 0) : i + half + 1]) for i in range(len(y))]
+        axis.plot(
+            x,
+            smooth,
+            style,
+            color=colour,
+            linewidth=1.6 if len(lines) == 1 else 0.9,
+            marker="." * (len(y) == 1),
+        )
         if half:
             axis.plot(x, y, color=colour, linewidth=0.6, alpha=0.35)
 
@@ -138,7 +193,9 @@ def figure(runs, path, title=None):
                 drawn += [y for line in lines for _, y in line]
         if not drawn:
             text = "no data: no run recorded\n" + "\n".join(metrics)
-            axis.text(0.5, 0.5, text, ha="center", va="center", color="0.5", transform=axis.transAxes)
+            axis.text(
+                0.5, 0.5, text, ha="center", va="center", color="0.5", transform=axis.transAxes
+            )
             axis.set(xticks=[], yticks=[])
             continue
         for label, row in ends.items():
@@ -156,7 +213,10 @@ def figure(runs, path, title=None):
             styles = [Line2D([], [], color="0.3", linestyle=style) for style, _ in metrics.values()]
             axis.legend(styles, [name for _, name in metrics.values()], fontsize=8)
     handles = [Line2D([], [], color=colours[label], linewidth=2.5) for label in groups]
-    names = [f"{label} ({len(group)} runs)" if len(group) > 1 else label for label, group in groups.items()]
+    names = [
+        f"{label} ({len(group)} runs)" if len(group) > 1 else label
+        for label, group in groups.items()
+    ]
     if ends:
         handles.append(Line2D([], [], color="0.5", linestyle=":"))
         names.append("reincarnation")
@@ -168,9 +228,15 @@ def figure(runs, path, title=None):
 
 
 def main(argv=None):
-    parser = Parser(prog="plot.py", description="Plot the metrics of one or more runs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (what train.py calls --out)")
-    parser.add_argument("--out", metavar="FILE.png", help="picture to write [default RUN/plot.png of the first run]")
+    parser = Parser(
+        prog="plot.py", description="Plot the metrics of one or more runs.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder (what train.py calls --out)"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE.png", help="picture to write [default RUN/plot.png of the first run]"
+    )
     parser.add_argument("--title", help="heading of the picture")
     try:
         args = parser.parse_args(argv)

@@ -24,7 +24,11 @@ def make(count: int, rng: random.Random) -> list[tuple[str, str | list[str], str
     for i in range(count):
         answer, other = rng.sample(golds, 2)
         box = answer if i % 2 else other
-        box = (box if isinstance(box, str) else box[0]).replace(r"\frac", r"\dfrac").replace(r"\times", r"\cdot")
+        box = (
+            (box if isinstance(box, str) else box[0])
+            .replace(r"\frac", r"\dfrac")
+            .replace(r"\times", r"\cdot")
+        )
         text = "".join(line.replace("{n}", str(rng.randint(2, 10**6))) for _ in range(300))
         items.append((text + rf"Therefore the answer is $\boxed{{ {box} }}$.", answer, "boxed"))
     return items
@@ -32,6 +36,7 @@ def make(count: int, rng: random.Random) -> list[tuple[str, str | list[str], str
 
 def plain_math_verify(items) -> float:
     from math_verify import parse, verify
+
     right = 0
     for response, answer, _ in items:
         golds = [answer] if isinstance(answer, str) else answer
@@ -45,19 +50,25 @@ def plain_math_verify(items) -> float:
 
 def main():
     from reward import Judge
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--responses", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
     items = make(args.responses, random.Random(0))
-    print(f"{len(items)} responses of {sum(len(item[0]) for item in items) // len(items)} characters")
+    print(
+        f"{len(items)} responses of {sum(len(item[0]) for item in items) // len(items)} characters"
+    )
     rates = {}
     with Judge(args.workers) as judge:
         judge.start()
         began = time.perf_counter()
         verdicts = judge.submit(items).result()
-        rates[f"Judge, {args.workers} workers"] = (len(items) / (time.perf_counter() - began), sum(v.reward for v in verdicts) / len(items))
+        rates[f"Judge, {args.workers} workers"] = (
+            len(items) / (time.perf_counter() - began),
+            sum(v.reward for v in verdicts) / len(items),
+        )
     began = time.perf_counter()
     share = plain_math_verify(items)
     rates["plain math-verify"] = (len(items) / (time.perf_counter() - began), share)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import faults
-from config import total_rollouts
-from distributed import gather
+from infra.config import total_rollouts
+from infra.ranks import gather
 from loss import kl
 
 UNJUDGED = ("no_box", "no_think", "parse_failure", "timeout", "crash")  # reasons of reward.Verdict
@@ -93,7 +93,11 @@ class Meter:
         values = values[values.isfinite()]
         if values.numel():
             total, count, most = self.seen.get(name, (0.0, 0, -math.inf))
-            self.seen[name] = [total + values.sum().item(), count + values.numel(), max(most, values.max().item())]
+            self.seen[name] = [
+                total + values.sum().item(),
+                count + values.numel(),
+                max(most, values.max().item()),
+            ]
 
     def gathered(self):
         """The same over all ranks, as (means, maxima). A collective."""
@@ -102,7 +106,9 @@ class Meter:
             for name, (total, count, most) in part.items():
                 t, c, m = merged.get(name, (0.0, 0, -math.inf))
                 merged[name] = (t + total, c + count, max(m, most))
-        return {n: t / c for n, (t, c, _) in merged.items()}, {n: m for n, (_, _, m) in merged.items()}
+        return {n: t / c for n, (t, c, _) in merged.items()}, {
+            n: m for n, (_, _, m) in merged.items()
+        }
 
 
 def measure(meter, samples, logp, entropy, stats, b, mask, version, cfg):
@@ -117,7 +123,13 @@ def measure(meter, samples, logp, entropy, stats, b, mask, version, cfg):
     for name in ("base", "prev"):
         if f"logp_{name}" in b:
             meter.add(f"kl_{name}", kl(logp, b[f"logp_{name}"], cfg.kl_estimator), mask)
-    fresh = torch.tensor([s["version"] == version for s in samples], dtype=torch.bool, device=mask.device)[:, None] if samples else mask
+    fresh = (
+        torch.tensor(
+            [s["version"] == version for s in samples], dtype=torch.bool, device=mask.device
+        )[:, None]
+        if samples
+        else mask
+    )
     meter.add("ratio_fresh", stats["ratio"], mask & fresh)
     meter.add("ratio_history", stats["ratio"], mask & ~fresh)
 
@@ -128,26 +140,60 @@ def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
     lengths = [len(s["response"]) for s in fresh]
     ages = [step - 1 - s["version"] for s in batch]
     record = dict(
-        step=step, version=step - 1, phase=plan.phase, fresh_rollouts=len(fresh), total_rollouts=total_rollouts(cfg, step),
-        accuracy=sum(s["reward"] == 1 for s in fresh) / len(fresh), reward=sum(s["reward"] for s in batch) / len(batch),
-        length_mean=sum(lengths) / len(fresh), length_max=max(lengths), truncated_share=sum(s["truncated"] for s in fresh) / len(fresh),
+        step=step,
+        version=step - 1,
+        phase=plan.phase,
+        fresh_rollouts=len(fresh),
+        total_rollouts=total_rollouts(cfg, step),
+        accuracy=sum(s["reward"] == 1 for s in fresh) / len(fresh),
+        reward=sum(s["reward"] for s in batch) / len(batch),
+        length_mean=sum(lengths) / len(fresh),
+        length_max=max(lengths),
+        truncated_share=sum(s["truncated"] for s in fresh) / len(fresh),
         unjudged_share=sum(s["reason"] in UNJUDGED for s in fresh) / len(fresh),
         reflection_rate=sum(s["reflects"] for s in fresh) / len(fresh),
-        tis_mean=mean.get("tis"), tis_min=-most["tis_negative"] if "tis" in most else None,
-        ratio_mean_fresh=mean.get("ratio_fresh"), ratio_max_fresh=most.get("ratio_fresh"),
-        ratio_mean_history=mean.get("ratio_history"), ratio_max_history=most.get("ratio_history"),
-        grad_norm=mean.get("policy_grad_norm"), critic_grad_norm=mean.get("critic_grad_norm"),
-        staleness=[ages.count(age) for age in range(cfg.window + 1)], gap_mean=gap.mean().item(), gap_max=gap.max().item())
-    record |= {name: mean.get(name) for name in ("kl_base", "kl_prev", "clip_low_share", "clip_high_share", "entropy", "policy_loss", "value_loss",
-                                                       "tis_truncated_share")}
-    record |= {f"{reason}_share": sum(s["reason"] == reason for s in fresh) / len(fresh) for reason in UNJUDGED}
+        tis_mean=mean.get("tis"),
+        tis_min=-most["tis_negative"] if "tis" in most else None,
+        ratio_mean_fresh=mean.get("ratio_fresh"),
+        ratio_max_fresh=most.get("ratio_fresh"),
+        ratio_mean_history=mean.get("ratio_history"),
+        ratio_max_history=most.get("ratio_history"),
+        grad_norm=mean.get("policy_grad_norm"),
+        critic_grad_norm=mean.get("critic_grad_norm"),
+        staleness=[ages.count(age) for age in range(cfg.window + 1)],
+        gap_mean=gap.mean().item(),
+        gap_max=gap.max().item(),
+    )
+    record |= {
+        name: mean.get(name)
+        for name in (
+            "kl_base",
+            "kl_prev",
+            "clip_low_share",
+            "clip_high_share",
+            "entropy",
+            "policy_loss",
+            "value_loss",
+            "tis_truncated_share",
+        )
+    }
+    record |= {
+        f"{reason}_share": sum(s["reason"] == reason for s in fresh) / len(fresh)
+        for reason in UNJUDGED
+    }
     record["lambda"] = lam if cfg.beta > 0 else None
     if history:
-        w = torch.cat([s["logp_old"] - s["logp_behavior"] for s in history]).double().exp()  # (history tokens,)
-        record["ess"] = (w.sum() ** 2 / (len(w) * (w ** 2).sum())).item()
+        w = (
+            torch.cat([s["logp_old"] - s["logp_behavior"] for s in history]).double().exp()
+        )  # (history tokens,)
+        record["ess"] = (w.sum() ** 2 / (len(w) * (w**2).sum())).item()
     if cfg.advantage == "gae":
-        returns, values = (torch.cat([s[name] for s in batch]).double() for name in ("returns", "values"))
-        record["explained_variance"] = (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else None
+        returns, values = (
+            torch.cat([s[name] for s in batch]).double() for name in ("returns", "values")
+        )
+        record["explained_variance"] = (
+            (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else None
+        )
     return record
 
 
@@ -155,20 +201,41 @@ class Recorder:
     """Writes metrics.jsonl and the console line from rank 0; keeps the clock of the step's phases on every rank."""
 
     def __init__(self, cfg, ranks):
-        self.begin = self.last = time.perf_counter()  # of the first step that this process does; of its latest record
+        self.begin = self.last = (
+            time.perf_counter()
+        )  # of the first step that this process does; of its latest record
         self.peak = 0  # most GPU memory in use at the end of a phase (bytes)
-        self.steps, self.longest = 0, 0.0  # done by this process; the longest, evaluation and saving included (s)
-        self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = cfg, ranks, {}, None, None
+        self.steps, self.longest = (
+            0,
+            0.0,
+        )  # done by this process; the longest, evaluation and saving included (s)
+        self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = (
+            cfg,
+            ranks,
+            {},
+            None,
+            None,
+        )
         if ranks.first:
             append(Path(cfg.out) / "metrics.jsonl", "")
             if cfg.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
+
                 self.tensorboard = SummaryWriter(Path(cfg.out) / "tensorboard")
             if cfg.wandb:
                 import wandb
+
                 out = Path(cfg.out).resolve()
-                identity = hashlib.sha256(str(out).encode()).hexdigest()[:16]  # a resumed run goes on in its own, no namesake's
-                self.wandb = wandb.init(project="remix", id=identity, name=out.name, config=vars(cfg), resume="allow" if cfg.resume else None)
+                identity = hashlib.sha256(str(out).encode()).hexdigest()[
+                    :16
+                ]  # a resumed run goes on in its own, no namesake's
+                self.wandb = wandb.init(
+                    project="remix",
+                    id=identity,
+                    name=out.name,
+                    config=vars(cfg),
+                    resume="allow" if cfg.resume else None,
+                )
 
     @contextlib.contextmanager
     def clock(self, phase, step=None):
@@ -179,7 +246,9 @@ class Recorder:
         faults.Here.phase = outer
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-            free, total = torch.cuda.mem_get_info()  # PyTorch's own count would hold a sleeping engine for awake, and keeps a phase's blocks
+            free, total = (
+                torch.cuda.mem_get_info()
+            )  # PyTorch's own count would hold a sleeping engine for awake, and keeps a phase's blocks
             self.peak = max(self.peak, total - free)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
@@ -190,25 +259,40 @@ class Recorder:
             raise ValueError(f"metrics not in METRICS: {sorted(unknown)}")
         record = record | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
         if "generate" in self.seconds:
-            record["tokens_per_second"] = record["length_mean"] * record["fresh_rollouts"] / self.seconds["generate"]
+            record["tokens_per_second"] = (
+                record["length_mean"] * record["fresh_rollouts"] / self.seconds["generate"]
+            )
         self.seconds, now = {}, time.perf_counter()
         if record["step"]:
-            self.steps, self.longest, self.last = self.steps + 1, max(self.longest, now - self.last), now
+            self.steps, self.longest, self.last = (
+                self.steps + 1,
+                max(self.longest, now - self.last),
+                now,
+            )
         if not self.ranks.first:
             return
         cuda = self.ranks.device.type == "cuda"
         unit = 1 if sys.platform == "darwin" else 1024  # bytes
-        record["memory_peak_gib"] = (self.peak if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
+        record["memory_peak_gib"] = (
+            self.peak if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        ) / 2**30
         line = {name: finite(record.get(name)) for name in METRICS}
         append(Path(self.cfg.out) / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
-        numbers |= {f"eval_accuracy/{part}": value for part, value in (line["eval_accuracy_by_part"] or {}).items()}
+        numbers |= {
+            f"eval_accuracy/{part}": value
+            for part, value in (line["eval_accuracy_by_part"] or {}).items()
+        }
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, line["step"])
         if self.wandb:
             self.wandb.log(numbers, step=line["step"])
-        left = (now - self.begin) / self.steps * (self.cfg.steps - line["step"]) if self.steps else None  # s
+        left = (
+            (now - self.begin) / self.steps * (self.cfg.steps - line["step"])
+            if self.steps
+            else None
+        )  # s
         print(console_line(line, self.cfg.steps, left), flush=True)
 
     def stop(self, step):
@@ -238,14 +322,17 @@ def finite(value):
 
 def console_line(m, steps, left=None):
     """A fixed-width line from a record of METRICS. `left`: seconds to the end of the run, if they can be told."""
+
     def number(name, form):
         return "-".rjust(len(format(0.0, form))) if m[name] is None else format(m[name], form)
 
     line = f"step {m['step']:>4}/{steps} {m['phase']:<10} rollouts {m['total_rollouts']:>6}"
     if m["step"]:
-        line += (f" accuracy {number('accuracy', '5.3f')} length {number('length_mean', '6.1f')} kl {number('kl_base', '7.4f')} "
-                 f"ratio {number('ratio_mean_history', '6.4f')} entropy {number('entropy', '6.3f')} grad {number('grad_norm', '7.3f')} "
-                 f"gap {number('gap_mean', '7.1e')} {number('seconds_step', '6.2f')} s")
+        line += (
+            f" accuracy {number('accuracy', '5.3f')} length {number('length_mean', '6.1f')} kl {number('kl_base', '7.4f')} "
+            f"ratio {number('ratio_mean_history', '6.4f')} entropy {number('entropy', '6.3f')} grad {number('grad_norm', '7.3f')} "
+            f"gap {number('gap_mean', '7.1e')} {number('seconds_step', '6.2f')} s"
+        )
     if left:
         line += f" eta {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}"
     return line + ("" if m["eval_accuracy"] is None else f" | eval {m['eval_accuracy']:.3f}")
@@ -253,8 +340,17 @@ def console_line(m, steps, left=None):
 
 def best_evaluation(path):
     """The highest eval_accuracy of the training steps in metrics.jsonl (a path); -inf where there is none."""
-    lines = [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
-    return max((line["eval_accuracy"] for line in lines if line["step"] and isinstance(line.get("eval_accuracy"), (int, float))), default=-math.inf)
+    lines = (
+        [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
+    )
+    return max(
+        (
+            line["eval_accuracy"]
+            for line in lines
+            if line["step"] and isinstance(line.get("eval_accuracy"), (int, float))
+        ),
+        default=-math.inf,
+    )
 
 
 def truncate(path, last_step):
@@ -264,7 +360,9 @@ def truncate(path, last_step):
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # whatever a dying machine or another hand left there
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, RecursionError
+        ):  # whatever a dying machine or another hand left there
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
     rewrite(path, "".join(kept))

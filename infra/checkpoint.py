@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from distributed import gather
+from infra.ranks import gather
 
 
 def newest(out):
@@ -33,7 +33,9 @@ def newest(out):
 
 def complete(out):
     """Folders of the complete checkpoints of run `out`, oldest first."""
-    return sorted(path for path in (Path(out) / "checkpoints").glob("step_*") if path.suffix != ".tmp")
+    return sorted(
+        path for path in (Path(out) / "checkpoints").glob("step_*") if path.suffix != ".tmp"
+    )
 
 
 def sweep(out):
@@ -51,20 +53,31 @@ def together(doing):
     failures = {}
     try:
         yield
-    except CheckpointException as error:  # no Exception; dcp raises it on every rank, about all of them
+    except (
+        CheckpointException
+    ) as error:  # no Exception; dcp raises it on every rank, about all of them
         failures = {rank: cause for rank, (cause, _) in error.failures.items()}
     except Exception as error:
-        if not isinstance(error, OSError) and "(os error " not in str(error):  # as the Rust of safetensors and tokenizers reports one
+        if not isinstance(error, OSError) and "(os error " not in str(
+            error
+        ):  # as the Rust of safetensors and tokenizers reports one
             raise
         failures = {dist.get_rank(): error}
-    texts = {f"rank {rank} {doing}: {' '.join(str(cause).split())}" for rank, cause in failures.items()}
+    texts = {
+        f"rank {rank} {doing}: {' '.join(str(cause).split())}" for rank, cause in failures.items()
+    }
     if found := sorted(set().union(*gather(texts))):
-        hint = " (a short write, as on a full disk, beyond a quota or a limit of file size)" if "unexpected pos" in found[0] else ""
+        hint = (
+            " (a short write, as on a full disk, beyond a quota or a limit of file size)"
+            if "unexpected pos" in found[0]
+            else ""
+        )
         raise OSError(found[0] + hint)
 
 
 def put_in_place(aside, folder):
     """The finished folder `aside` becomes `folder`, in place of an earlier one: on the disk first, so that a loss of power finds it whole."""
+
     def settle(path):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -103,10 +116,14 @@ def save(out, step, learners, snapshots, buffer, keep, ranks):
             tensors, state = {}, buffer.state_dict()
             skeleton = pack(state, tensors, "")
             save_file(tensors, aside / "buffer.safetensors")
-            (aside / "state.json").write_text(json.dumps({"step": step, "snapshots": sorted(snapshots), "buffer": skeleton}))
+            (aside / "state.json").write_text(
+                json.dumps({"step": step, "snapshots": sorted(snapshots), "buffer": skeleton})
+            )
             put_in_place(aside, folder)
             for old in complete(out)[:-keep]:  # only now, when the new one is complete
-                shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half removed, it must not pass for one
+                shutil.rmtree(
+                    old.rename(old.with_suffix(".tmp"))
+                )  # half removed, it must not pass for one
 
 
 def load(folder, learners, buffer):
@@ -121,9 +138,17 @@ def read(folder, learners, buffer):
     sharded = sharded_state(learners, snapshots)
     dcp.load(sharded, checkpoint_id=folder / "sharded")
     for name, learner in learners.items():
-        set_state_dict(learner.module, learner.optimizer, model_state_dict=sharded[name]["model"], optim_state_dict=sharded[name]["optimizer"])
+        set_state_dict(
+            learner.module,
+            learner.optimizer,
+            model_state_dict=sharded[name]["model"],
+            optim_state_dict=sharded[name]["optimizer"],
+        )
     buffer.load_state_dict(unpack(state["buffer"], load_file(folder / "buffer.safetensors")))
-    return state["step"], {name: [sharded[name][str(i)] for i in range(len(snapshot))] for name, snapshot in snapshots.items()}
+    return state["step"], {
+        name: [sharded[name][str(i)] for i in range(len(snapshot))]
+        for name, snapshot in snapshots.items()
+    }
 
 
 def pack(value, tensors, path):
@@ -141,7 +166,11 @@ def pack(value, tensors, path):
 def unpack(value, tensors):
     """The inverse of pack()."""
     if isinstance(value, dict):
-        return tensors[value["tensor"]] if value.keys() == {"tensor"} else {key: unpack(inner, tensors) for key, inner in value.items()}
+        return (
+            tensors[value["tensor"]]
+            if value.keys() == {"tensor"}
+            else {key: unpack(inner, tensors) for key, inner in value.items()}
+        )
     return [unpack(inner, tensors) for inner in value] if isinstance(value, list) else value
 
 

@@ -1,0 +1,1 @@
+"""The other off-policy methods of the field: one paper a file."""
