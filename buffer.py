@@ -71,6 +71,12 @@ class Batch(dict):
     def __missing__(self, name):
         return [getattr(sample, name) for sample in self.samples]
 
+    def gap(self):
+        """|log-prob by trainer − by engine| of the fresh tokens, (n,): rounding if weights
+        agree."""
+        pairs = [(s.logp_behavior, s.logp_sampler) for s in self.samples[: self.fresh]]
+        return torch.cat([(behavior - sampler).abs() for behavior, sampler in pairs])
+
     def has(self, name):
         return name in self or hasattr(self.samples[0], name)
 

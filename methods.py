@@ -1,9 +1,11 @@
 """The family on one screen: a line per number, a row per algorithm, the schedule.
 
-A method is data. A row of ROWS names functions (objective, advantage, weights) and values; every cell is a flag of its own. The
-functions are pure, and the names of their parameters say what they read: tensors by the vocabulary of loss.py, numbers by their
-flags. So what a run has to compute follows from them: a critic exists where `values` is read, the base is kept where `logp_base`
-is, the precedent where `logp_prev` is and λ(t) < 1. To add a method: a function, a row, a line per number of its own.
+A method is data. A row of ROWS names functions (objective, advantage, weights) and values; every
+cell is a flag of its own. The functions are pure, and the names of their parameters say what they
+read: tensors by the vocabulary of loss.py, numbers by their flags. So what a run has to compute
+follows from them: a critic exists where `values` is read, the base is kept where `logp_base` is,
+the precedent where `logp_prev` is and λ(t) < 1. To add a method: a function, a row, a line per
+number of its own.
 """
 
 import argparse
@@ -20,91 +22,113 @@ import torch
 from advantage import gae, group_advantages, vtrace, whiten
 from family.ratios import truncated
 from infra import config, memory
-from infra.config import AUTHORS, ConfigError, flag
+from infra.config import AUTHORS, INFERRED, PAPER, ConfigError, flag
 from loss import entropy_bonus, kl, kl_convex, kl_lambda, mix_ppg, ppo, value_loss
 
 # What the value of a cell's flag calls.
 OBJECTIVES = {"mix-ppg": mix_ppg, "ppo": ppo}
 ADVANTAGES = {"gae": gae, "vtrace": vtrace, "group": group_advantages}
 WEIGHTS = {"none": None, "truncated": truncated}
-# Terms that are added to the objective, each times the flag that it stands under; off where that is 0.
+# Added to the objective, each times the flag that it stands under; off where that is 0.
 TERMS = {"beta": kl_convex, "entropy": entropy_bonus}
 
-# One row per algorithm.
-ON_POLICY = dict(p=0.0, utd=1, reincarnate=0, lambda_floor=1.0)
-MIX = dict(p=0.4, utd=2, reincarnate=0, lambda_floor=1.0)
+# fmt: off
+# One row per algorithm: values of flags.
 PPO = dict(advantage="gae", group_size=1)
 GRPO = dict(advantage="group", group_size=8)
+ON_POLICY = dict(p=0.0, utd=1, reincarnate=0, lambda_floor=1.0)
+MIX = dict(p=0.4, utd=2, reincarnate=0, lambda_floor=1.0)
 ROWS = {
     "ppo": PPO | ON_POLICY,
     "grpo": GRPO | ON_POLICY,
     "mix-ppo": PPO | MIX,
     "mix-grpo": GRPO | MIX,
-    "remix-ppo": PPO | dict(p=0.4, utd=2, reincarnate=100, lambda_floor=0.5),
-    "remix-grpo": GRPO | dict(p=0.4, utd=2, reincarnate=50, lambda_floor=0.5),
-    "decoupled": GRPO | ON_POLICY | dict(objective="ppo", correct="truncated", correct_high=5.0, p=0.4, beta=0.0),
+    "remix-ppo": PPO | MIX | dict(reincarnate=100, lambda_floor=0.5),
+    "remix-grpo": GRPO | MIX | dict(reincarnate=50, lambda_floor=0.5),
+    "decoupled": GRPO | ON_POLICY | dict(p=0.4, objective="ppo", correct="truncated",
+                                         correct_high=5.0, beta=0.0),
 }
 
 # One line per number. None: the function's own default.
 NUMBERS = {
     # the row and its cells
     "algo": flag("remix-ppo", "row of defaults", choices=ROWS, fixed=True),
-    "objective": flag("mix-ppg", "policy objective", choices=OBJECTIVES, fixed=True),
-    "advantage": flag("gae", "gae: a critic; group: group baseline, no critic", choices=("gae", "group"), fixed=True),
-    "history_advantage": flag("gae", "advantage under a critic: vtrace trusts history as far as π_k would have gone there", "inferred: the current critic's GAE", choices=("gae", "vtrace"), needs="values"),
-    "correct": flag("none", "weight π_k/π_behaviour of the policy loss, for objectives that do not see who wrote a sample", choices=WEIGHTS),
-    "mismatch": flag("auto", "weight π_behaviour/π_engine of the policy loss; auto: truncated, none where all is float32", "inferred: the field's TIS (verl, slime)", choices=("auto", *WEIGHTS)),
+    "objective": flag("mix-ppg", "policy objective", PAPER, choices=OBJECTIVES, fixed=True),
+    "advantage": flag("gae", "gae: a critic; group: group baseline", PAPER,
+                      choices=("gae", "group"), fixed=True),
+    "history_advantage": flag("gae", "under a critic; vtrace: history counts as far as π_k would "
+                              "have gone there", INFERRED, choices=("gae", "vtrace"),
+                              needs="values"),
+    "correct": flag("none", "weight π_k/π_behaviour, for objectives that do not see the writer",
+                    choices=WEIGHTS),
+    "mismatch": flag("auto", "weight π_behaviour/π_engine; auto: truncated (TIS), none where all "
+                     "is float32", INFERRED, choices=("auto", *WEIGHTS)),
     # the schedule
-    "steps": flag(350, "training steps", "paper (remix-ppo 1.5B)", least=1, most=10**6),
-    "prompts": flag(256, "B: prompts (groups) a step, fresh and history together, over all ranks", AUTHORS, least=1, fixed=True),
-    "group_size": flag(1, "responses to a prompt", "inferred for GRPO: 8 reproduces the published rollout counts", least=1, fixed=True),
-    "p": flag(0.4, "share of each batch drawn from history, in [0, 1)", "paper", least=0, fixed=True),
-    "window": flag(2, "N: how many policy versions back history may be", "paper", least=1, most=10**4, needs="p", fixed=True),
-    "utd": flag(2, "m: gradient passes over each batch", "paper; as passes: inferred", least=1, fixed=True),
-    "utd_after": flag(1, "passes after reincarnation", "inferred", least=1, needs="reincarnate", fixed=True),
-    "reincarnate": flag(0, "T: last step of the mixed phase; then base <- policy, history off; 0: never", "paper: 50 or 100", least=0, fixed=True),
-    "minibatch": flag(32, "prompts per gradient update, over all ranks (the last one smaller)", AUTHORS, least=1, fixed=True),
-    "lambda_start": flag(50, "step after which λ(t) begins to fall", "paper", least=0, needs="beta", fixed=True),
-    "lambda_every": flag(10, "steps between falls of λ(t)", "paper", least=1, needs="beta", fixed=True),
-    "lambda_drop": flag(0.1, "size of a fall of λ(t)", "paper", least=0, needs="beta", fixed=True),
-    "lambda_floor": flag(0.5, "lowest λ(t); 1: KL to the base alone", "paper", least=0, most=1, needs="beta", fixed=True),
-    "anchor": flag("prev", "precedent policy of KL-convex: prev = π_{k−1}, old = π_k", "paper: prev", choices=("prev", "old"), needs="logp_prev", fixed=True),
+    "steps": flag(350, "training steps", PAPER, least=1, most=10**6),
+    "prompts": flag(256, "B: prompts (groups) a step, history included, over all ranks", AUTHORS,
+                    least=1, fixed=True),
+    "group_size": flag(1, "responses to a prompt", "inferred for GRPO: 8 gives the published "
+                       "rollout counts", least=1, fixed=True),
+    "p": flag(0.4, "share of each batch drawn from history, in [0, 1)", PAPER, fixed=True),
+    "window": flag(2, "N: how many policy versions back history may be", PAPER, least=1,
+                   most=10**4, needs="p", fixed=True),
+    "utd": flag(2, "m: gradient passes over each batch", "paper; as passes: inferred", least=1,
+                fixed=True),
+    "utd_after": flag(1, "m after reincarnation", INFERRED, least=1, needs="reincarnate",
+                      fixed=True),
+    "reincarnate": flag(0, "T: then base <- policy, history off; 0: never", "paper: 50 or 100",
+                        fixed=True),
+    "minibatch": flag(32, "prompts per gradient update, over all ranks (the last one smaller)",
+                      AUTHORS, least=1, fixed=True),
+    "lambda_start": flag(50, "step after which λ(t) falls", PAPER, needs="beta", fixed=True),
+    "lambda_every": flag(10, "steps between falls", PAPER, least=1, needs="beta", fixed=True),
+    "lambda_drop": flag(0.1, "size of a fall", PAPER, needs="beta", fixed=True),
+    "lambda_floor": flag(0.5, "lowest λ(t); 1: KL to the base alone", PAPER, most=1, needs="beta",
+                         fixed=True),
+    "anchor": flag("prev", "precedent policy: prev = π_{k−1}, old = π_k", PAPER,
+                   choices=("prev", "old"), needs="beta", fixed=True),
     # the loss
-    "clip_low": flag(None, "ε below the clip's centre; none: the objective's own", AUTHORS, type=float, least=0),
-    "clip_high": flag(None, "ε above the clip's centre; none: the objective's own", AUTHORS, type=float, least=0),
-    "correct_low": flag(None, "least --correct weight", type=float, least=0),
-    "correct_high": flag(None, "largest --correct weight", type=float, least=0),
-    "mismatch_low": flag(None, "least --mismatch weight", type=float, least=0),
-    "mismatch_high": flag(None, "largest --mismatch weight", type=float, least=0),
-    "beta": flag(1e-3, "weight of the KL term", "inferred: authors' config has 0.001", least=0),
-    "kl_estimator": flag(None, "per-token KL estimator", "inferred: k3", choices=("k1", "k2", "k3")),
-    "entropy": flag(1e-3, "c: weight of the entropy bonus", "inferred: authors' config has 0.001", least=0),
-    "aggregate": flag("token", "how per-token losses become one number", "inferred: authors' config", choices=("token", "sequence", "constant")),
-    "gamma": flag(None, "discount", AUTHORS, type=float, least=0, most=1),
-    "gae_lambda": flag(None, "λ of GAE and V-trace", AUTHORS, type=float, least=0, most=1),
-    "c_bar": flag(None, "largest ratio that V-trace trusts", "GePPO", type=float, least=0),
-    "normalize_std": flag(None, "divide a group's advantages by their spread", "GRPO; off: Dr. GRPO", type=bool),
-    "value_clip": flag(None, "clip of the critic's change", AUTHORS, type=float, least=0),
-    "temperature": flag(1.0, "sampling temperature in training; log-probs are taken at it", "inferred: authors' config", least=0.01, fixed=True),
+    "clip_low": flag(None, "ε below the clip's centre", AUTHORS, type=float),
+    "clip_high": flag(None, "ε above the clip's centre", AUTHORS, type=float),
+    "correct_low": flag(None, "least --correct weight", type=float),
+    "correct_high": flag(None, "largest --correct weight", type=float),
+    "mismatch_low": flag(None, "least --mismatch weight", type=float),
+    "mismatch_high": flag(None, "largest --mismatch weight", INFERRED, type=float),
+    "beta": flag(1e-3, "weight of the KL term", INFERRED),
+    "kl_estimator": flag(None, "per-token KL estimator", INFERRED, choices=("k1", "k2", "k3")),
+    "entropy": flag(1e-3, "c: weight of the entropy bonus", INFERRED),
+    "aggregate": flag("token", "how per-token losses become one number", INFERRED,
+                      choices=("token", "sequence", "constant")),
+    "gamma": flag(None, "discount", AUTHORS, type=float, most=1),
+    "gae_lambda": flag(None, "λ of GAE and V-trace", AUTHORS, type=float, most=1),
+    "c_bar": flag(None, "largest ratio that V-trace trusts", "GePPO", type=float),
+    "normalize_std": flag(None, "divide a group's advantages by their spread", "GRPO", type=bool),
+    "value_clip": flag(None, "clip of the critic's change", AUTHORS, type=float),
+    "temperature": flag(1.0, "of sampling in training; log-probs are taken at it", INFERRED,
+                        least=0.01, fixed=True),
     # optimisation
-    "lr": flag(1e-6, "learning rate of the policy", AUTHORS, least=0, most=1e3),
-    "critic_lr": flag(1e-5, "learning rate of the critic", AUTHORS, least=0, most=1e3, needs="values"),
-    "warmup": flag(0, "steps of linear learning-rate warm-up", AUTHORS, least=0),
-    "weight_decay": flag(0.01, "AdamW weight decay", "inferred: AdamW's default", least=0),
-    "adam_beta2": flag(0.999, "second beta of AdamW (the first is 0.9)", "inferred: AdamW's default", least=0, most=0.9999999),
+    "lr": flag(1e-6, "learning rate of the policy", AUTHORS, most=1e3),
+    "critic_lr": flag(1e-5, "learning rate of the critic", AUTHORS, most=1e3, needs="values"),
+    "warmup": flag(0, "steps of linear learning-rate warm-up", AUTHORS),
+    "weight_decay": flag(0.01, "of AdamW", "inferred: AdamW's default"),
+    "adam_beta2": flag(0.999, "second β of AdamW (the first is 0.9)", "inferred: AdamW's default",
+                       most=0.9999999),
     "grad_clip": flag(1.0, "largest gradient norm", AUTHORS, least=1e-9),
 }
+# fmt: on
 
 
 class ByName:
-    """A function whose arguments are found by their names. `renamed`: parameter -> the name it goes by here."""
+    """A function whose arguments are found by their names. `renamed`: parameter -> the name it goes
+    by here."""
 
     def __init__(self, function, **renamed):
         self.function, self.parameters = function, inspect.signature(function).parameters
         self.names = {name: renamed.get(name, name) for name in self.parameters}
 
     def __call__(self, *sources):
-        """Calls it with what the first of `sources` (dicts) has under a name; None and nothing mean its own default."""
+        """Calls it with what the first of `sources` (dicts) has under a name; None and nothing mean
+        its own default."""
         found = ChainMap(*sources)
         arguments = {}
         for name, known_as in self.names.items():
@@ -116,12 +140,15 @@ class ByName:
     def defaults(self):
         """{the name a parameter goes by: its own default}."""
         found = {self.names[name]: one.default for name, one in self.parameters.items()}
-        return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
+        return {
+            name: value for name, value in found.items() if value is not inspect.Parameter.empty
+        }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training step does, decided by flags and time alone. Groups are counted over all ranks."""
+    """What one training step does, decided by flags and time alone. Groups are counted over all
+    ranks."""
 
     step: int
     phase: str  # mixed: with history; on-policy
@@ -151,13 +178,27 @@ class Method:
         self.estimator = ByName(ADVANTAGES[credit], lam="gae_lambda")
         self.critic = "values" in self.estimator.names
         self.value_loss = ByName(value_loss, clip="value_clip")
+        # learner -> its loss, and how that is averaged over tokens
+        self.losses = {
+            "policy": (self.policy_loss, cfg.aggregate),
+            "critic": (self.critic_loss, "token"),
+        }
         self.weights = {}  # cell -> (weight, above, below): of the ratio above / below
-        for cell, above, below in (("correct", "logp_old", "logp_behavior"), ("mismatch", "logp_behavior", "logp_sampler")):
+        for cell, above, below in (
+            ("correct", "logp_old", "logp_behavior"),
+            ("mismatch", "logp_behavior", "logp_sampler"),
+        ):
             if weight := WEIGHTS.get(getattr(cfg, cell)):
                 limits = {"weight_low": f"{cell}_low", "weight_high": f"{cell}_high"}
                 self.weights[cell] = ByName(weight, **limits), above, below
-        self.terms = {name: ByName(term, estimator="kl_estimator") for name, term in TERMS.items() if getattr(cfg, name)}
-        self.weight_of_base = ByName(kl_lambda, **{name: f"lambda_{name}" for name in ("start", "every", "drop", "floor")})
+        self.terms = {
+            name: ByName(term, estimator="kl_estimator")
+            for name, term in TERMS.items()
+            if getattr(cfg, name)
+        }
+        self.weight_of_base = ByName(
+            kl_lambda, **{name: f"lambda_{name}" for name in ("start", "every", "drop", "floor")}
+        )
 
     def active(self):
         """All functions that the run calls."""
@@ -175,14 +216,16 @@ class Method:
         return ratios.union(*(function.names.values() for function in self.active()))
 
     def reads_number(self, name):
-        """Whether the run looks at the number `name`: a function's own, or one that needs another."""
+        """Whether the run looks at the number `name`: a function's own, or one that needs
+        another."""
         one = NUMBERS[name]
         if one.needs:
             return bool(self.numbers.get(one.needs)) or one.needs in self.reads()
         return one.default is not None or name in self.reads()
 
     def check(self):
-        """Raise ConfigError for what cannot work, and for a typed number that the run does not read."""
+        """Raise ConfigError for what cannot work, and for a typed number that the run does not
+        read."""
         cfg = self.cfg
 
         def need(fine, message):
@@ -190,17 +233,31 @@ class Method:
                 raise ConfigError(message)
 
         need(cfg.p < 1, f"--p is {cfg.p}: the share of history must lie in [0, 1)")
-        need(self.plan(1).fresh >= 1, f"--prompts {cfg.prompts} with --p {cfg.p} leaves no fresh group in a step: raise --prompts or lower --p")
-        need(self.critic or cfg.group_size >= 2, "--group_size is 1: a group baseline needs at least 2 responses to a prompt")
-        need("correct" not in self.weights or "logp_behavior" not in self.objective.names,
-             f"--objective {cfg.objective} takes its ratio against the writer already: --correct none, or --objective ppo")
+        need(
+            self.plan(1).fresh >= 1,
+            f"--prompts {cfg.prompts} with --p {cfg.p} leaves no fresh group in a step: raise "
+            "--prompts or lower --p",
+        )
+        need(
+            self.critic or cfg.group_size >= 2,
+            "--group_size is 1: a group baseline needs at least 2 responses to a prompt",
+        )
+        need(
+            "correct" not in self.weights or "logp_behavior" not in self.objective.names,
+            f"--objective {cfg.objective} takes its ratio against the writer already: --correct "
+            "none, or --objective ppo",
+        )
         for name in sorted(cfg.given & NUMBERS.keys()):
             if not self.reads_number(name):
                 rows = [row for row in ROWS if of_row(row).reads_number(name)]
-                raise ConfigError(f"--{name} is not read by this run (--algo {cfg.algo}): leave it out; rows that read it: {', '.join(rows) or 'none'}")
+                raise ConfigError(
+                    f"--{name} is not read by this run (--algo {cfg.algo}): leave it out; rows "
+                    f"that read it: {', '.join(rows) or 'none'}"
+                )
 
     def resolve(self):
-        """Give the numbers that functions have defaults for these defaults, where nothing else did: config.json keeps them."""
+        """Give the numbers that functions have defaults for these defaults, where nothing else did:
+        config.json keeps them."""
         for function in self.active():
             for name, value in function.defaults().items():
                 if self.numbers.get(name, 0) is None:
@@ -209,7 +266,8 @@ class Method:
     # The schedule: a pure function of flags and step, shared by --dry_run and the loop.
 
     def plan(self, step):
-        """The Plan of training step `step` (from 1). History is what the window holds by then, at most ⌈pB⌉ groups."""
+        """The Plan of training step `step` (from 1). History is what the window holds by then, at
+        most ⌈pB⌉ groups."""
         cfg, k = self.cfg, step - 1
         before = cfg.reincarnate == 0 or step <= cfg.reincarnate
         share = math.ceil(Fraction(str(cfg.p)) * cfg.prompts)  # no float error: 0.07 * 100 is 7
@@ -242,9 +300,11 @@ class Method:
 
     @torch.no_grad()
     def credit(self, batch):
-        """Step 4: the columns `advantages` and, with a critic, `returns` of the batch, (T,) a sample, under π_k.
+        """Step 4: the columns `advantages` and, with a critic, `returns` of the batch, (T,) a
+        sample, under π_k.
 
-        With a critic rewards stand at the end token, and the advantages are whitened over all tokens of the mixture.
+        With a critic rewards stand at the end token, and the advantages are whitened over all
+        tokens of the mixture.
         """
         lengths = [len(sample.response) for sample in batch.samples]
         if not self.critic:
@@ -261,11 +321,20 @@ class Method:
         batch["returns"] = [row[:n] for row, n in zip(returns, lengths)]
         batch["advantages"] = [row[:n] for row, n in zip(whiten(advantages, b["mask"]), lengths)]
 
-    def policy_loss(self, b, plan):
-        """The objective times its weights plus its terms -> per-token loss (b, T), statistics (b, T) by name.
+    def columns(self, batch):
+        """The names of the batch's columns that the losses read."""
+        named = {"is_fresh"}.union(*(pair for _, *pair in self.weights.values()))
+        for function in (self.objective, *self.terms.values(), *[self.value_loss] * self.critic):
+            named.update(function.names.values())
+        return sorted(name for name in named if batch.has(name))
 
-        b: tensors by name, `logp`, `entropy` with gradient among them.
+    def policy_loss(self, b, out, plan):
+        """The objective times its weights plus its terms.
+
+        b: columns of the batch, out: `logp` and `entropy` with gradient, (b, T) each. Returns the
+        per-token loss and detached statistics, name -> (b, T).
         """
+        b = b | out
         absent = dict.fromkeys(("logp_base", "logp_prev"))
         sources = (b, absent, {"lam": plan.lam}, self.numbers)
         loss, stats = self.objective(*sources)
@@ -280,9 +349,9 @@ class Method:
             stats[f"kl_{name}"] = kl(b["logp"].detach(), b[f"logp_{name}"], estimator)
         return loss, stats
 
-    def critic_loss(self, b, plan):
-        """The value loss (b, T) and its statistics. b: `values` with gradient, `values_old`, `returns`."""
-        loss = self.value_loss(b, self.numbers)
+    def critic_loss(self, b, out, plan):
+        """The value loss and its statistics, as policy_loss. out: `values` with gradient."""
+        loss = self.value_loss(out, b | {"values_old": b["values"]}, self.numbers)
         return loss, {"value_loss": loss.detach()}
 
 
@@ -326,13 +395,19 @@ def dry_run(cfg):
     begin = 0
     for i, plan in enumerate(plans):
         if plan is plans[-1] or shapes[i + 1] != shapes[i]:
-            lines.append(f"steps {begin + 1:>5} to {plan.step:>5}: {plan.phase:<9}  {plan.fresh} fresh + {plan.history} history groups of {cfg.group_size}, {plan.passes} passes = {plan.updates} updates a step")
+            lines.append(
+                f"steps {begin + 1:>5} to {plan.step:>5}: {plan.phase:<9}  {plan.fresh} fresh + "
+                f"{plan.history} history groups of {cfg.group_size}, {plan.passes} passes = "
+                f"{plan.updates} updates a step"
+            )
             begin = i + 1
     if 0 < cfg.reincarnate < cfg.steps:
         lines.append(f"reincarnation after step {cfg.reincarnate}: base <- policy, history off")
     called = ", ".join(function.function.__name__ for function in method.active())
-    kept = [name for name in ("base", "prev") if f"logp_{name}" in method.reads()]
-    lines.append(f"calls {called}; keeps {', '.join(['policy', *['critic'] * method.critic, *kept])}")
+    kept = sorted({name for plan in plans for name in plan.references})
+    lines.append(
+        f"calls {called}; keeps {', '.join(['policy', *['critic'] * method.critic, *kept])}"
+    )
     lines.append(f"gradient updates: {sum(plan.updates for plan in plans)}")
     if cfg.gpus:
         lines += memory.report(cfg, cfg.gpus, cfg.gpu_memory)

@@ -259,7 +259,7 @@ class Learner:
 
     @contextlib.contextmanager
     def swapped(self, snapshot):
-        """Inside, the module is the snapshot's policy; shards are exchanged and back, to the bit."""
+        """Inside, the module is the snapshot's policy; shards are exchanged, to the bit."""
         self._exchange(snapshot)
         try:
             yield

@@ -1,4 +1,5 @@
-"""Who writes the rollouts: vLLM inside the training process, given the trainer's weights; or a record.
+"""Who writes the rollouts: vLLM inside the training process, given the trainer's weights; or a
+record.
 
 A behaviour is an object with few verbs, so that the loop asks no flag:
 
@@ -122,7 +123,9 @@ class Engine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
         if set(taken) != expected | {"the end"}:
             differ = sorted(set(taken) ^ (expected | {"the end"}))[:5]
-            raise RuntimeError(f"the engine did not take the weights of version {version}: {differ}")
+            raise RuntimeError(
+                f"the engine did not take the weights of version {version}: {differ}"
+            )
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the engine's cache is of older weights: a request is still running")
         if self.asleep:

