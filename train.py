@@ -98,7 +98,8 @@ def train(cfg, task, judge, ranks, say):
                 buffer, snapshots["base"] = RingBuffer(cfg.window), policy.snapshot()
                 say(f"reincarnation after step {step}: base <- policy, history off")
 
-        recorder.write(step_metrics(plan, batch, meter, cfg, task) | examiner.examine(step), fresh)
+        record = step_metrics(plan, batch, meter, cfg, task) | examiner.examine(step)
+        recorder.write(record, batch.samples)
         why = guards.stop(step, cfg, recorder.longest)
         if why or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
             with clock("save"):
