@@ -1,8 +1,12 @@
-r"""Problems, the prompts made of them, and the order in which a run meets them.
+r"""Models, problems and prompts: fetched by name, read, checked, and the order of a run's prompts.
 
-A problem is {"id": str, "problem": str, "answer": str | list[str]}; any one of a list of answers is right. Files are
-.jsonl (one object a line), .json (a list of objects) or .parquet; a name OWNER/NAME is a data set on the hub. Everything
-wrong with a file is a ValueError of one line that says where it is and what to do about it.
+    python -m infra.data --model Qwen2.5-Math-7B                         # fetches into HF_HOME
+    python -m infra.data --data agentica-org/DeepScaleR-Preview-Dataset  # … a data set
+    python -m infra.data --benchmarks                                    # … those of eval.py
+
+A problem is {"id": str, "problem": str, "answer": str | list[str]}; any one of a list of answers is
+right. What lies whole in HF_HOME is taken from there without asking the hub, so that a run does not
+change when the hub does; nothing fetched is executed. Bad input is a ValueError of one line.
 """
 
 import hashlib
@@ -11,14 +15,21 @@ import math
 import os
 import random
 import re
+import sys
+import urllib.request
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-import hub
+import torch
 
-# The paper's five benchmarks and their sizes (arXiv 2507.06892). "amc" is the set behind its AMC'23 column, AMC 12 of
-# 2022 and 2023 together; "amc23" is 2023 alone, which other papers call AMC'23.
+from infra import toy
+from infra.config import Parser, check_vllm, exit_bad_input
+from infra.ranks import check_gpus
+
+# The paper's benchmarks and their sizes (arXiv 2507.06892). "amc" is the set behind its AMC'23
+# column, AMC 12 of 2022 and 2023 together; "amc23" is 2023 alone, which others call AMC'23.
 BENCHMARKS = {
     "aime24": 30,
     "amc": 83,
@@ -27,8 +38,9 @@ BENCHMARKS = {
     "minerva": 272,
     "olympiadbench": 675,
 }
-# name: the file in the authors' repository, and what content() makes of its problems; amc23 is the end of amc
-SOURCE = "AnitaLeungxx/ReMix-Off-Policy-RFT/1f5d21165995cba3f3dc05e29d7dce7b643dc121/deepscaler/data/test"
+COMMIT = "1f5d21165995cba3f3dc05e29d7dce7b643dc121"
+SOURCE = f"AnitaLeungxx/ReMix-Off-Policy-RFT/{COMMIT}/deepscaler/data/test"
+# name: the file in the authors' repository, and content() of its problems; amc23 is the end of amc
 SOURCES = {
     "aime24": ("aime.json", "b5334984ccd54ba2"),
     "amc": ("amc.json", "675736b91bad988b"),
@@ -37,38 +49,290 @@ SOURCES = {
     "minerva": ("minerva.json", "9d1c3e98af98ee19"),
     "olympiadbench": ("olympiad_bench.json", "55da9de899fab853"),
 }
-
+# the beginning of a bare model name: its owner
+OWNERS = {
+    "Qwen": "Qwen",
+    "DeepSeek-": "deepseek-ai",
+    "Llama-": "meta-llama",
+    "Meta-Llama-": "meta-llama",
+}
+# a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
+MODEL_TYPES = ("qwen2", "qwen3", "llama")
+MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+# OWNER/NAME[/CONFIG] of a data set, which ends in no file's suffix
+HUB_NAME = re.compile(r"(?!.*\.[a-zA-Z]\w*$)\w[\w.-]*(/\w[\w.-]*){1,2}")
+TIMEOUT = 10  # seconds until the hub counts as unreachable
 LONGEST_TOKEN = 256  # characters; Qwen's longest is a run of 128 spaces
 
-HUB_NAME = re.compile(
-    r"(?!.*\.[a-zA-Z]\w*$)\w[\w.-]*(/\w[\w.-]*){1,2}"
-)  # OWNER/NAME[/CONFIG] that ends in no file's suffix
-
-_STEPS = (
-    r" Let's think step by step and output the final answer within \boxed{}."  # the paper's suffix
-)
-_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # Qwen2.5-Math's system prompt
-# name: the chat messages, or the plain text, for a problem
+# the paper's suffix, and Qwen2.5-Math's system prompt
+_STEPS = r" Let's think step by step and output the final answer within \boxed{}."
+_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+# name: the chat messages, or the plain text, for a problem; r1 is the paper's, raw the toy's
 TEMPLATES = {
-    "r1": lambda problem: [{"role": "user", "content": problem + _STEPS}],  # the paper's
+    "r1": lambda problem: [{"role": "user", "content": problem + _STEPS}],
     "qwen-math": lambda problem: [
         {"role": "system", "content": _SYSTEM},
         {"role": "user", "content": problem},
     ],
-    "plain": lambda problem: (
-        problem + "\n" + _STEPS.strip() + "\n"
-    ),  # for models without a chat format
-    "raw": lambda problem: problem,  # the toy task
+    "plain": lambda problem: problem + "\n" + _STEPS.strip() + "\n",
+    "raw": lambda problem: problem,
 }
-STYLE_OF = {
-    "r1": "think",
-    "qwen-math": "boxed",
-    "plain": "boxed",
-    "raw": "hash",
-}  # template: how reward.py judges it
+# template: how reward.py judges it
+STYLE_OF = {"r1": "think", "qwen-math": "boxed", "plain": "boxed", "raw": "hash"}
 
 
-# -- problems ---------------------------------------------------------------------------------------------------------
+class Task(NamedTuple):
+    """What a run works on; problems are dicts with id, problem, answer and prompt_ids."""
+
+    folder: str  # of the model
+    tokenizer: object
+    problems: list  # to train on
+    parts: dict  # name -> problems to evaluate on
+
+
+def prepare(cfg, say) -> Task:
+    """Resolve what `cfg` leaves open: template, style, max_response, dtypes, fingerprint.
+
+    On every rank alike; what is small is looked at first, the model is fetched last. say: prints a
+    line, on rank 0. Raises ValueError.
+    """
+    check_gpus(None if cfg.replay else check_vllm())
+    if cfg.template != "auto":
+        template_style(cfg.template)
+    if cfg.data == "toy":
+        problems = toy.problems("train")
+    else:
+        problems = load_problems(cfg.data, cfg.problem_key, cfg.answer_key, cfg.data_split, say)
+    problems, held_out = split_held_out(problems, cfg.held_out)
+    parts = {}
+    if cfg.eval_every and cfg.replay:
+        say("no evaluations: --replay has no engine")
+    elif cfg.eval_every:
+        for name in cfg.eval_data.split(","):
+            parts[name] = held_out if name == "held_out" else load_eval_data(name, cfg.data_dir)
+    if cfg.model:
+        folder = model_folder(cfg.model)
+        check_model(folder, cfg.tp)
+    else:
+        folder = toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+    tokenizer = load_tokenizer(folder)
+
+    if cfg.template == "auto":
+        of_model = "raw" if cfg.data == "toy" else default_template(cfg.model or folder, tokenizer)
+        cfg.template = of_model
+    if cfg.style == "auto":
+        cfg.style = template_style(cfg.template)
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    if cfg.rollout_dtype == "auto":
+        cfg.rollout_dtype = cfg.dtype
+    context = context_length(folder)
+    if context and cfg.max_prompt + cfg.max_response > context:
+        if cfg.max_prompt >= context or "max_response" in cfg.given:
+            raise ValueError(
+                f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the "
+                f"model's context of {context} tokens"
+            )
+        cfg.max_response = context - cfg.max_prompt
+    say(
+        f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the "
+        f"model's context is {context or 'not known'}"
+    )
+
+    how = folder, tokenizer, cfg.template, cfg.max_prompt, say
+    problems, _ = encode(problems, *how)
+    for name, part in parts.items():
+        parts[name], _ = encode(part, *how, f" of {name}")
+    say(
+        f"{len(problems)} problems, template {cfg.template}, judged by {cfg.reward or cfg.style}; "
+        f"the model sees {tokenizer.decode(problems[0]['prompt_ids'])!r}"
+    )
+    cfg.fingerprint = fingerprint(folder, problems)
+    if cfg.resume:
+        saved = json.loads(Path(cfg.out, "config.json").read_text()).get("fingerprint")
+        if saved not in (None, cfg.fingerprint):
+            raise ValueError(
+                f"the run in {cfg.out} was on other problems or another kind of model: --model and "
+                "--data may move, not change"
+            )
+    return Task(folder, tokenizer, problems, parts)
+
+
+def fingerprint(folder, problems) -> str:
+    """A hash of what a run trains and on what: config.json, but for who wrote it, prompts and
+    answers."""
+    written_by = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+    config = json.loads(Path(folder, "config.json").read_text())
+    kept = {key: value for key, value in sorted(config.items()) if key not in written_by}
+    found = hashlib.sha256(json.dumps(kept).encode())
+    for problem in problems:
+        found.update(json.dumps([problem["prompt_ids"], problem["answer"]]).encode())
+    return found.hexdigest()
+
+
+# -- the hub --------------------------------------------------------------------------------------
+
+
+def full_name(name: str) -> str:
+    """OWNER/NAME of a model; a bare name gets its owner from OWNERS. Raises ValueError."""
+    owner = next((OWNERS[start] for start in OWNERS if name.startswith(start)), None)
+    if "/" not in name and not owner:
+        raise ValueError(
+            f"no such folder, and no owner is known for {name!r}: give OWNER/NAME or a folder"
+        )
+    return name if "/" in name else f"{owner}/{name}"
+
+
+def model_folder(name: str | os.PathLike) -> str:
+    """`name` itself where that is a folder, else the snapshot of the hub's model of that name,
+    fetched first if need be. All ranks may call it at the same time. Raises ValueError."""
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return name
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(name):
+        raise ValueError(f"{name}: no such folder")
+    # root files only: folders hold other formats of the same weights
+    patterns = dict(allow_patterns=MODEL_FILES, ignore_patterns="*/*")
+    return _snapshot("model", full_name(name), missing, **patterns)
+
+
+def hub_rows(name: str, split: str = "train"):
+    """The rows (dicts) of the hub's data set OWNER/NAME, or of its configuration OWNER/NAME/CONFIG.
+    All ranks may call it at the same time. Raises ValueError."""
+    from huggingface_hub import constants
+
+    if name.count("/") not in (1, 2):
+        raise ValueError(f"{name!r} is no name of a data set: give OWNER/NAME or OWNER/NAME/CONFIG")
+    owner, title, config = [*name.split("/"), None][:3]
+    # In a cache of its own: the datasets library leaves parts of data sets in the common one,
+    # which cannot be told from whole ones there.
+    cache = Path(constants.HF_HOME, "remix", "hub")
+    folder = _snapshot("dataset", f"{owner}/{title}", cache_dir=cache)
+    return _load_dataset(name, folder, config, split=split)
+
+
+def _snapshot(kind, name, missing=lambda folder: [], **how):
+    """The folder of the hub's `kind` "model" or "dataset": from the cache, else fetched.
+
+    huggingface_hub locks file by file, so that the ranks of a machine fetch each once, and goes on
+    with what broke off. missing: folder -> names of what should be there. Raises ValueError.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    def load(local):
+        folder = huggingface_hub.snapshot_download(
+            name, repo_type=kind, local_files_only=local, **how
+        )
+        if absent := missing(folder):
+            raise ValueError(f"no {', '.join(absent[:3])}; weights are read from *.safetensors")
+        return folder
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        return load(local=True)
+    except Exception as error:  # not there, or not whole
+        found = _one_line(error)
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        # first, and with a limit: the download would try for minutes
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+        return load(local=False)
+    except errors.GatedRepoError:
+        why = f"{name} is gated: ask for access on its page on the hub, then {login}"
+    except errors.RepositoryNotFoundError:
+        why = f"the hub has no {kind} {name} for you: check the name; if it is private, {login}"
+    except Exception as error:
+        why = (
+            f"{name} is not whole in {constants.HF_HOME} ({found}) and cannot be fetched "
+            f"({type(error).__name__}: {_one_line(error)}): run `python -m infra.data "
+            f"--{kind.removesuffix('set')} {name}` with internet access, then copy or share HF_HOME"
+        )
+    raise ValueError(why)
+
+
+def _load_dataset(name, *source, **how):
+    """datasets.load_dataset; whatever it raises is a ValueError of one line."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*source, **how)
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be loaded: {_one_line(error.__cause__ or error)}"
+        ) from None
+
+
+def _one_line(error):
+    """The text of an error, one line of bounded length, without the libraries' advice."""
+    text = re.split(r"outgoing traffic|\n *Example of usage", str(error) or type(error).__name__)[0]
+    return " ".join(text.split())[:200]
+
+
+def missing(folder) -> list[str]:
+    """The files that a snapshot of a model lacks: a killed download may leave any part of it."""
+    names, index = ["config.json"], Path(folder, "model.safetensors.index.json")
+    if index.is_file():
+        names += sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    absent = [name for name in names if not Path(folder, name).is_file()]
+    return absent or ([] if any(Path(folder).glob("*.safetensors")) else ["*.safetensors"])
+
+
+def check_model(folder, tp=1):
+    """Raise ValueError unless `folder` holds a whole Hugging Face model that this code can train,
+    and vLLM can share its attention heads out to `tp` ranks."""
+    from safetensors import safe_open
+
+    path, tensors = Path(folder), {}
+    if not path.is_dir():
+        raise ValueError(f"--model {folder}: no such folder")
+    try:
+        config = json.loads((path / "config.json").read_text())
+        heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        if config["model_type"] not in MODEL_TYPES:
+            kinds = ", ".join(MODEL_TYPES)
+            raise ValueError(f"it is of type {config['model_type']}, this code trains {kinds}")
+        if "quantization_config" in config:
+            raise ValueError("it is quantized: take the model that it was made from")
+        # vLLM repeats key-value heads where there are fewer than ranks
+        if heads % tp or kv_heads % tp and tp % kv_heads:
+            raise ValueError(
+                f"--tp {tp} does not divide its {heads} attention heads and {kv_heads} "
+                "key-value heads"
+            )
+        if absent := missing(folder):
+            raise ValueError(f"no {absent[0]}")
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, "pt") as weights:  # refuses a file that was cut short
+                tensors |= dict.fromkeys(weights.keys(), file)
+        # transformers would draw absent layers at random and only warn
+        if f"model.layers.{layers - 1}.mlp.up_proj.weight" not in tensors:
+            raise ValueError(f"its *.safetensors do not hold all {layers} layers")
+        ends = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in tensors]
+        if config.get("tie_word_embeddings") and len(ends) == 2:
+            embedding, head = (safe_open(tensors[name], "pt").get_tensor(name) for name in ends)
+            if not torch.equal(embedding, head):  # sharding would keep one of the two
+                raise ValueError(
+                    "its config.json says that head and embedding are one (tie_word_embeddings), "
+                    "its weights hold two: set it to false"
+                )
+    except Exception as error:
+        why = str(error)
+        if type(error) is not ValueError:
+            why = f"{type(error).__name__}: {why}; config.json and whole *.safetensors are needed"
+        raise ValueError(f"--model {folder} cannot be trained: {_one_line(why)}") from None
+
+
+def context_length(folder) -> int | None:
+    """max_position_embeddings of the model in `folder` (tokens), None where it does not say."""
+    return json.loads(Path(folder, "config.json").read_text()).get("max_position_embeddings")
+
+
+# -- problems -------------------------------------------------------------------------------------
 
 
 def load_problems(
@@ -78,119 +342,135 @@ def load_problems(
     split: str = "train",
     say=lambda line: None,
 ) -> list[dict]:
-    """The problems of a .jsonl, .json or .parquet file, or of the hub's data set OWNER/NAME or OWNER/NAME/CONFIG (hub.py), in
-    its order. A missing id becomes FILE/ROW or OWNER/NAME/ROW, rows counted from 0; numbers become strings.
+    """The problems of a .jsonl (one object a line), .json (a list of objects) or .parquet file, or
+    of the hub's data set OWNER/NAME or OWNER/NAME/CONFIG, in its order. A missing id becomes
+    FILE/ROW or OWNER/NAME/ROW, rows counted from 0; numbers become strings.
 
-    Nobody can mend the hub's data sets, so their unusable rows are skipped: say(line) tells how many. A file must be whole.
-    Raises ValueError (one line: the file, the line, item or row, what is wrong, what to do).
+    Nobody can mend the hub's data sets, so their unusable rows are skipped: say(line) tells how
+    many. A file must be whole. Raises ValueError (file, line, what is wrong, what to do).
     """
-    name, path = os.fspath(path), Path(path)
-    remote = not path.exists() and HUB_NAME.fullmatch(name)
+    name = os.fspath(path)
+    remote = not os.path.exists(name) and bool(HUB_NAME.fullmatch(name))
     if remote:
-        rows = (
-            (f"{name}, row {number}", row)
-            for number, row in enumerate(hub.dataset_rows(name, split))
-        )
+        rows, stem = _numbered("row", hub_rows(name, split), 0), name
     else:
-        rows = _file_rows(path)
-
-    problems, seen, skipped, where, item = [], {}, [], None, None  # seen: id -> where
+        rows, stem = _file_rows(Path(name)), Path(name).stem
+    problems, seen, skipped, item = [], {}, [], {}
     for row, (where, item) in enumerate(rows):
         try:
             problem = _problem(item, problem_key, answer_key)
         except ValueError as error:
             if not remote:
-                raise ValueError(f"{where}: {error}") from None
-            skipped.append(f"row {row}: {error}")
+                raise ValueError(f"{name}, {where}: {error}") from None
+            skipped.append(f"{where}: {error}")
             continue
-        identity = problem["id"] or f"{name if remote else path.stem}/{row}"
-        if identity in seen and remote:
-            identity = f"{name}/{row}"
-        if identity in seen:
+        if not problem["id"] or remote and problem["id"] in seen:
+            problem["id"] = f"{stem}/{row}"
+        first = seen.setdefault(problem["id"], where)
+        if first != where:
+            identity = _short(problem["id"])
             raise ValueError(
-                f"{where}: id {_short(identity)} is {seen[identity]}'s already; make ids unique"
+                f"{name}, {where}: id {identity} is {first}'s already; make ids unique"
             )
-        seen[identity] = where.rpartition(", ")[2]
-        problems.append(problem | {"id": identity})
+        problems.append(problem)
     if not problems and skipped:
         raise ValueError(
-            f"{name}: none of its {len(skipped)} rows has a usable {problem_key!r} and {answer_key!r}; its columns are "
-            f"{_short(list(item), 300)}: name the right ones with --problem_key and --answer_key ({skipped[0]})"
+            f"{name}: none of its {len(skipped)} rows has a usable {problem_key!r} and "
+            f"{answer_key!r}; its columns are {_short(list(item), 300)}: name the right ones with "
+            f"--problem_key and --answer_key ({skipped[0]})"
         )
     if not problems:
         raise ValueError(
             f"{name}: holds no problems; expected objects with {problem_key!r} and {answer_key!r}"
         )
     if skipped:
-        say(
-            f"skipped {len(skipped)} of {len(skipped) + len(problems)} rows of {name} (first: {skipped[0]})"
-        )
+        total = len(skipped) + len(problems)
+        say(f"skipped {len(skipped)} of {total} rows of {name} (first: {skipped[0]})")
     return problems
 
 
-def _file_rows(path: Path):
-    """(where, row) for the rows of a file. Raises ValueError."""
+def _numbered(kind, items, start):
+    """("row 0", item), …"""
+    return ((f"{kind} {number}", item) for number, item in enumerate(items, start))
+
+
+def _file_rows(path):
+    """("line 1", row), … of a file. Raises ValueError.
+
+    JSON is read by hand: Arrow's columns hold one type, answers here are 2, "2" and ["2", "two"] in
+    one file; and the datasets library tells no line, and takes the second of two equal keys.
+    """
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise ValueError(
-            f"{path}: not a .jsonl, .json or .parquet file; write one JSON object a line into a .jsonl file, or name a "
-            "data set on the hub as OWNER/NAME"
+            f"{path}: not a .jsonl, .json or .parquet file; write one JSON object a line into a "
+            ".jsonl file, or name a data set on the hub as OWNER/NAME"
         )
     try:
-        raw = path.read_bytes()
+        raw = path.read_bytes() if path.suffix != ".parquet" else path.open("rb").close()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
-        except Exception as error:  # pyarrow raises half a dozen kinds here
-            raise ValueError(
-                f"{path}: no readable parquet file ({hub.one_line(error)}); get it again"
-            ) from None
-        return ((f"{path}, row {number}", row) for number, row in enumerate(rows))
+        return _numbered(
+            "row", _load_dataset(path, "parquet", data_files=str(path), split="train"), 0
+        )
     try:
         if (nul := raw.find(b"\0")) >= 0:  # UTF-16 without its mark decodes
             raise UnicodeDecodeError("utf-8", b"", nul, nul, "NUL")
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8"
-        ) from None
-    if path.suffix == ".jsonl":  # split, not splitlines: U+2028 may stand inside a string
-        lines = (
-            (f"{path}, line {number}", line)
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        )
-        return ((where, _parse(line, where)) for where, line in lines)
-    items = _parse(text, str(path)) if text.strip() else []
+        raise ValueError(f"{path}, line {line}: not UTF-8 text; convert the file to it") from None
+    if path.suffix == ".jsonl":
+        # split, not splitlines: U+2028 may stand inside a string
+        lines = _numbered("line", text.split("\n"), 1)
+        return ((where, _parse(line, f"{path}, {where}")) for where, line in lines if line.strip())
+    items = _parse(text, path) if text.strip() else []
     if not isinstance(items, list):
+        kind = type(items).__name__
+        raise ValueError(f"{path}: holds one {kind}, not a list of objects; put it into [ ]")
+    return _numbered("item", items, 1)
+
+
+def _parse(text, where):
+    """JSON. Raises ValueError, also for two equal keys, of which Python would take the second."""
+
+    def unique(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise KeyError(twice[0])
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " * (", line" not in str(where))
         raise ValueError(
-            f"{path}: holds one {type(items).__name__}, not a list of objects; put it into [ ]"
-        )
-    return ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
+            f"{where}: malformed JSON at {line}column {error.colno} ({error.msg}); fix or remove it"
+        ) from None
+    except KeyError as error:
+        key = _short(error.args[0])
+        raise ValueError(f"{where}: an object has the key {key} twice; fix or remove it") from None
+    except (ValueError, RecursionError):  # thousands of digits, brackets thousands deep
+        raise ValueError(f"{where}: JSON that cannot be read; fix or remove it") from None
 
 
-def _problem(item, problem_key: str, answer_key: str) -> dict:
-    """The problem in a row, its id "" where the row has none. Raises ValueError: what is wrong with the row."""
+def _problem(item, problem_key, answer_key):
+    """The problem in a row, its id "" where the row has none. Raises ValueError."""
     if not isinstance(item, dict):
-        raise ValueError(
-            f"a {type(item).__name__}, not an object with {problem_key!r} and {answer_key!r}"
-        )
+        kind = type(item).__name__
+        raise ValueError(f"a {kind}, not an object with {problem_key!r} and {answer_key!r}")
     for key, option in ((problem_key, "problem_key"), (answer_key, "answer_key")):
         if key not in item:
-            raise ValueError(
-                f"no {key!r} among its keys {_short(list(item), 300)}; add it or name the right {option}"
-            )
+            keys = _short(list(item), 300)
+            raise ValueError(f"no {key!r} among its keys {keys}; add it or name the right {option}")
     problem, answer, identity = item[problem_key], item[answer_key], item.get("id")
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError(f"{problem_key!r} must be a string with text in it, not {_short(problem)}")
     answers = [_answer(one) for one in (answer if isinstance(answer, list) else [answer])]
     if not answers or None in answers:
         raise ValueError(
-            f"{answer_key!r} must be a string, a number or a list of those, and not empty; it is {_short(answer)}"
+            f"{answer_key!r} must be a string, a number or a list of those, and not empty; it is "
+            f"{_short(answer)}"
         )
     identity = str(identity) if isinstance(identity, (str, int, float)) else ""
     try:
@@ -199,16 +479,28 @@ def _problem(item, problem_key: str, answer_key: str) -> dict:
         raise ValueError(
             "a \\ud800 escape without its pair; no tokenizer takes it, remove it"
         ) from None
-    return {
-        "id": identity,
-        "problem": problem,
-        "answer": answers if isinstance(answer, list) else answers[0],
-    }
+    answer = answers if isinstance(answer, list) else answers[0]
+    return {"id": identity, "problem": problem, "answer": answer}
+
+
+def _answer(value):
+    """An answer as a string; None where it is none."""
+    if isinstance(value, str):
+        return value if value.strip() else None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # ints may be too long for a float
+    return str(value) if number and (isinstance(value, int) or math.isfinite(value)) else None
+
+
+def _short(value, most=60):
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def split_held_out(problems: list[dict], n: int) -> tuple[list[dict], list[dict]]:
-    """(train, held_out), both in the given order. Which n are held out depends on the problems' texts alone, not on their order;
-    problems of one text stay together, so that there are fewer than n where copies do not fit. Raises ValueError."""
+    """(train, held_out), both in the given order. Which n are held out depends on the problems'
+    texts alone, not on their order; problems of one text stay together, so that there are fewer
+    than n where copies do not fit. Raises ValueError."""
     copies = Counter(problem["problem"] for problem in problems)
     held, count = set(), 0
     for text in sorted(copies, key=lambda text: hashlib.sha256(text.encode()).digest()):
@@ -217,129 +509,117 @@ def split_held_out(problems: list[dict], n: int) -> tuple[list[dict], list[dict]
             count += copies[text]
     if n < 0 or count == len(problems) or n > 0 and not count:
         raise ValueError(
-            f"cannot hold {n} of {len(problems)} problems out: at least one must be held out and one remain for training"
+            f"cannot hold {n} of {len(problems)} problems out: at least one must be held out and "
+            "one remain for training"
         )
-    return [p for p in problems if p["problem"] not in held], [
-        p for p in problems if p["problem"] in held
-    ]
+    train = [p for p in problems if p["problem"] not in held]
+    return train, [p for p in problems if p["problem"] in held]
 
 
-def _parse(text: str, where: str):
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        at = (
-            f"column {error.colno}"
-            if "line" in where.rpartition(", ")[2]
-            else f"line {error.lineno}"
-        )
-        raise ValueError(
-            f"{where}: malformed JSON at {at} ({error.msg}); fix or remove it"
-        ) from None
-    except KeyError as error:
-        raise ValueError(
-            f"{where}: an object has the key {_short(error.args[0])} twice; fix or remove it"
-        ) from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
-        raise ValueError(f"{where}: JSON that cannot be read; fix or remove it") from None
-
-
-def _object(pairs: list[tuple]) -> dict:
-    """A JSON object. Of two values under one key Python would take the second. Raises KeyError."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise KeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return found
-
-
-def _answer(value) -> str | None:
-    if isinstance(value, str) and value.strip():
-        return value
-    number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
-    number = number and not isinstance(value, bool)
-    return str(value) if number else None
-
-
-def _short(value, most=60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+def load_eval_data(name: str, data_dir: str | os.PathLike | None = None) -> list[dict]:
+    """Problems of a benchmark, of the toy's held-out split ("toy"), of a file, or of the hub's
+    OWNER/NAME. Raises ValueError."""
+    if name == "toy":
+        return toy.problems("test")
+    if "/" in name or Path(name).suffix:
+        return load_problems(name)
+    return load_benchmark(name, data_dir)
 
 
 def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list[dict]:
-    """The problems of one of BENCHMARKS: from NAME.jsonl in data_dir or its benchmarks/ (default: $REMIX_DATA), else from SOURCE,
-    downloaded once by one process of the machine.
+    """The problems of one of BENCHMARKS: from NAME.jsonl in data_dir or its benchmarks/ (default:
+    $REMIX_DATA), else from SOURCE, downloaded once by one process of the machine.
 
-    Raises ValueError for an unknown name, a missing file, and one that does not hold exactly the benchmark's problems and answers:
-    scores under its name would not compare.
+    Raises ValueError for an unknown name, a missing file, and one that does not hold exactly the
+    benchmark's problems and answers: scores under its name would not compare.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
-    folder, n, (file, digest) = (
-        data_dir or os.environ.get("REMIX_DATA"),
-        BENCHMARKS[name],
-        SOURCES[name],
-    )
+    folder = data_dir or os.environ.get("REMIX_DATA")
+    n, (file, digest) = BENCHMARKS[name], SOURCES[name]
     if folder:
-        paths = [Path(folder) / f"{name}.jsonl", Path(folder) / "benchmarks" / f"{name}.jsonl"]
+        paths = [Path(folder, f"{name}.jsonl"), Path(folder, "benchmarks", f"{name}.jsonl")]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             raise ValueError(
-                f"no {name}.jsonl in {folder} or its benchmarks folder: pass the --data_dir that has it, or none to download it"
+                f"no {name}.jsonl in {folder} or its benchmarks folder: pass the --data_dir that "
+                "has it, or none to download it"
             )
         problems = load_problems(path)
     else:
-        path = hub.public_file(f"{SOURCE}/{file}")
+        path = _public_file(f"{SOURCE}/{file}")
         problems = load_problems(path)[-n if name == "amc23" else 0 :]
         for row, problem in enumerate(problems):
             problem["id"] = f"{name}/{row}"
-    if len(problems) != n:
-        raise ValueError(
-            f"{path}: {len(problems)} problems, but {name} has {n}; get the whole file, or scores would not compare"
-        )
     if content(problems) != digest:
         raise ValueError(
-            f"{path}: its problems or answers are not those of {name} (checksum {content(problems)}, not {digest}): get it again, "
-            "or evaluate on it under its own name, as a file"
+            f"{path}: its {len(problems)} problems or answers are not those of {name}, which has "
+            f"{n} (checksum {content(problems)}, not {digest}): get it again, or evaluate on it "
+            "under its own name, as a file"
         )
     return problems
 
 
 def content(problems: list[dict]) -> str:
     """A checksum of problems and answers, in their order, white space apart."""
-    rows = [
-        [
-            "".join(text.split())
-            for text in (
-                p["problem"],
-                *([p["answer"]] if isinstance(p["answer"], str) else p["answer"]),
-            )
-        ]
-        for p in problems
-    ]
+    rows = []
+    for p in problems:
+        answers = [p["answer"]] if isinstance(p["answer"], str) else p["answer"]
+        rows.append(["".join(text.split()) for text in (p["problem"], *answers)])
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-# -- prompts ----------------------------------------------------------------------------------------------------------
+def _public_file(name):
+    """The file OWNER/REPOSITORY/COMMIT/PATH of GitHub in HF_HOME, downloaded if need be
+    ($REMIX_MIRROR: from another server with the same paths). Raises ValueError."""
+    from filelock import FileLock
+    from huggingface_hub import constants
+
+    path = Path(constants.HF_HOME, "remix", *name.split("/"))
+    server = os.environ.get("REMIX_MIRROR", "https://raw.githubusercontent.com")
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.exists():  # another process has fetched it meanwhile
+                return path
+            if constants.HF_HUB_OFFLINE:
+                raise OSError("HF_HUB_OFFLINE is set")
+            # torch.hub.download_url_to_file has no limit for a server that says nothing
+            with urllib.request.urlopen(f"{server}/{name}", timeout=TIMEOUT) as answer:
+                aside = Path(f"{path}.tmp")
+                aside.write_bytes(answer.read())
+                aside.rename(path)
+    except Exception as error:  # OSError, HTTPException, ValueError
+        raise ValueError(
+            f"{name} is not in {constants.HF_HOME} and cannot be fetched from {server} "
+            f"({type(error).__name__}: {_one_line(error)}): run `python -m infra.data "
+            "--benchmarks` with internet access, then copy or share HF_HOME, or pass --data_dir"
+        ) from None
+    return path
+
+
+# -- prompts --------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: str | os.PathLike):
-    """The tokenizer of a model folder, or of a model by name. Padding defaults to eos. Raises ValueError."""
+    """The tokenizer of a model folder. Padding defaults to eos. Raises ValueError."""
     from transformers import AutoTokenizer
 
+    # without any of these transformers would invent an empty one
     files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if os.path.isdir(folder) and not any((Path(folder) / name).exists() for name in files):
-        raise ValueError(
-            f"no tokenizer in {folder}: it needs one of {', '.join(files)}"
-        )  # transformers would invent an empty one
+    if not any(Path(folder, name).exists() for name in files):
+        raise ValueError(f"no tokenizer in {folder}: it needs one of {', '.join(files)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises half a dozen kinds here
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no tokenizer could be loaded from {folder}: {first}") from error
+        why = _one_line(error)
+        raise ValueError(f"no tokenizer could be loaded from {folder}: {why}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer in {folder} has no eos token: responses could not end; set eos_token in its "
-            "tokenizer_config.json"
+            f"the tokenizer in {folder} has no eos token: responses could not end; set eos_token "
+            "in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -347,9 +627,9 @@ def load_tokenizer(folder: str | os.PathLike):
 
 
 def default_template(model_name_or_path: str, tokenizer) -> str:
-    """The template for a model: "plain" where the tokenizer has no chat format, "r1" for the R1 distillations and for
-    every chat format that opens <think> in the prompt (exports included, whatever their folder is called), else
-    "qwen-math", which asks of a chat model no more than a box."""
+    """The template for a model: "plain" where the tokenizer has no chat format, "r1" for the R1
+    distillations and for every chat format that opens <think> in the prompt (exports included,
+    whatever their folder is called), else "qwen-math", which asks no more than a box."""
     if not tokenizer.chat_template:
         return "plain"
     name = str(model_name_or_path).lower()
@@ -358,14 +638,16 @@ def default_template(model_name_or_path: str, tokenizer) -> str:
 
 
 def template_style(template: str) -> str:
-    """How reward.py judges responses under a template: STYLE_OF, "boxed" for a file. Raises ValueError for what is no template."""
+    """How reward.py judges responses under a template: STYLE_OF, "boxed" for a file. Raises
+    ValueError for what is no template."""
     _template(template)
     return STYLE_OF.get(template, "boxed")
 
 
 @lru_cache  # a file is read once, not once a problem
-def _template(template: str):
-    """TEMPLATES[template], or the same made of a file: a .json list of chat messages, else text as it stands. Raises ValueError."""
+def _template(template):
+    """TEMPLATES[template], or the same made of a file: a .json list of chat messages, else text as
+    it stands. Raises ValueError."""
     if template in TEMPLATES:
         return TEMPLATES[template]
     if not os.path.isfile(template):
@@ -378,14 +660,10 @@ def _template(template: str):
         raise ValueError(f"template {template}: no readable UTF-8 text ({error})") from None
     chat = Path(template).suffix == ".json"
     messages = _parse(text, f"template {template}") if chat else [{"role": "", "content": text}]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict)
-        and m.keys() == {"role", "content"}
-        and all(isinstance(value, str) for value in m.values())
-        for m in messages
-    ):
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise ValueError(
-            f'template {template}: must be a list of chat messages {{"role": "...", "content": "..."}}'
+            f"template {template}: must be a list of chat messages "
+            '{"role": "...", "content": "..."}'
         )
     if not any("{problem}" in m["content"] for m in messages):
         raise ValueError(
@@ -398,80 +676,84 @@ def _template(template: str):
     return fill if chat else lambda problem: fill(problem)[0]["content"]
 
 
+def _is_message(m):
+    keys = isinstance(m, dict) and m.keys() == {"role", "content"}
+    return keys and all(isinstance(value, str) for value in m.values())
+
+
 def render(problem_text: str, tokenizer, template: str) -> str:
-    """The prompt as text; a template is a name in TEMPLATES or a file with {problem} in it: text, or .json for a list of chat
-    messages. Raises ValueError for an unknown template, a bad file, or one the tokenizer's chat format refuses."""
+    """The prompt as text; a template is a name in TEMPLATES or a file with {problem} in it: text,
+    or .json for a list of chat messages. Raises ValueError for an unknown template, a bad file, or
+    one the tokenizer's chat format refuses."""
     prompt = _template(template)(problem_text)
     if isinstance(prompt, str):
         return prompt
     if not tokenizer.chat_template:
         raise ValueError(
-            f"template {template!r} needs a chat template, which this tokenizer lacks: choose --template "
-            "plain"
+            f"template {template!r} needs a chat template, which this tokenizer lacks: choose "
+            "--template plain"
         )
     try:
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja: some chat formats refuse a system message
         raise ValueError(
-            f"this tokenizer's chat template refuses template {template!r} ({error}): choose --template "
-            "plain"
+            f"this tokenizer's chat template refuses template {template!r} ({error}): choose "
+            "--template plain"
         ) from error
 
 
-def encode(problem_text: str, tokenizer, template: str) -> list[int]:
-    """The prompt as token ids. Raises what render does."""
-    return encode_prompts([{"problem": problem_text}], tokenizer, template, math.inf)[0][0][
-        "prompt_ids"
-    ]
+def encode(problems, folder, tokenizer, template, max_prompt, say, of="") -> tuple[list[dict], int]:
+    """The problems whose prompt has 1 to max_prompt tokens, each with its "prompt_ids" (list of
+    int), and the number of the others, which is said. The dicts given are not changed.
 
-
-def encode_prompts(
-    problems: list[dict], tokenizer, template: str, max_prompt: int
-) -> tuple[list[dict], int]:
-    """The problems whose prompt has at most max_prompt tokens, each with its "prompt_ids" (list of int), and the number
-    of the others. The dicts given are not changed. Raises ValueError if none remain, and what render does."""
+    folder: of the model; of: which problems, for the message. Raises ValueError if none remain or
+    the model lacks an id, and what render does.
+    """
     texts = [render(problem["problem"], tokenizer, template) for problem in problems]
-    short = [
-        i for i, text in enumerate(texts) if len(text) <= LONGEST_TOKEN * max_prompt
-    ]  # to tokenise 10 MB takes 19 s and 4 GB
-    chat = isinstance(
-        _template(template)(""), list
-    )  # chat formats write the special tokens themselves
-    ids = (
-        tokenizer([texts[i] for i in short], add_special_tokens=not chat, verbose=False)[
-            "input_ids"
-        ]
-        if short
-        else []
-    )
-    kept = [
-        {**problems[i], "prompt_ids": list(row)}
-        for i, row in zip(short, ids)
-        if 0 < len(row) <= max_prompt
-    ]
+    # to tokenise 10 MB takes 19 s and 4 GB
+    short = [i for i, text in enumerate(texts) if len(text) <= LONGEST_TOKEN * max_prompt]
+    # chat formats write the special tokens themselves
+    special, ids = isinstance(_template(template)(""), str), []
+    if short:
+        given = [texts[i] for i in short]
+        ids = tokenizer(given, add_special_tokens=special, verbose=False)["input_ids"]
+    kept = []
+    for i, row in zip(short, ids):
+        if 0 < len(row) <= max_prompt:
+            kept.append({**problems[i], "prompt_ids": list(row)})
     if not kept:
         raise ValueError(
-            f"none of {len(problems)} prompts has 1 to {max_prompt} tokens (the shortest: "
+            f"none of {len(problems)} prompts{of} has 1 to {max_prompt} tokens (the shortest: "
             f"{min(map(len, ids), default=0)}): raise --max_prompt or check --data"
         )
-    return kept, len(problems) - len(kept)
+    if skipped := len(problems) - len(kept):
+        say(
+            f"skipped {skipped} of {len(problems)} prompts{of}: longer than {max_prompt} tokens "
+            "(--max_prompt)"
+        )
+    largest = max(tokenizer.eos_token_id, *(max(problem["prompt_ids"]) for problem in kept))
+    vocabulary = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer in {folder} gives ids up to {largest}, its model has {vocabulary}: "
+            "they are not of one model"
+        )
+    return kept, skipped
 
 
 class PromptStream:
     """An endless stream of problems, epoch after epoch, each in an order of its own.
 
-    It has no state: position i lies in epoch i // n, whose order comes from (seed, epoch) alone. So a run resumes with
-    nothing but a position, and every rank sees the same stream.
+    It has no state: position i lies in epoch i // n, whose order comes from (seed, epoch) alone. So
+    a run resumes with nothing but a position, and every rank sees the same stream.
     """
 
     def __init__(self, problems: list[dict], seed: int):
         if not problems:
             raise ValueError("a prompt stream needs at least one problem")
         self.problems, self.seed = problems, seed
-        self._order = (
-            -1,
-            [],
-        )  # the latest epoch and its order, kept because neighbours ask for the same one
+        # the latest epoch and its order, kept because neighbours ask for the same one
+        self._order = (-1, [])
 
     def take(self, start: int, count: int) -> list[tuple[int, dict]]:
         """(position, problem) for the positions start to start + count - 1."""
@@ -480,9 +762,35 @@ class PromptStream:
             epoch, row = divmod(position, len(self.problems))
             if self._order[0] != epoch:
                 order = list(range(len(self.problems)))
-                random.Random(f"{self.seed}/{epoch}").shuffle(
-                    order
-                )  # a str seed: the same on every machine
+                # a str seed: the same on every machine
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)
                 self._order = (epoch, order)
             taken.append((position, self.problems[self._order[1][row]]))
         return taken
+
+
+def main(argv=None):
+    """Fetch what is named into HF_HOME."""
+    parser = Parser(prog="python -m infra.data", description=main.__doc__)
+    parser.add_argument("--model", metavar="NAME", help="OWNER/NAME, or NAME of a known owner")
+    parser.add_argument("--data", metavar="NAME", help="OWNER/NAME, or OWNER/NAME/CONFIG")
+    parser.add_argument("--split", default="train", help="split of --data [train]")
+    parser.add_argument("--benchmarks", action="store_true", help="the benchmarks of eval.py")
+    try:
+        args = parser.parse_args(argv)
+        if not (args.model or args.data or args.benchmarks):
+            raise ValueError("nothing to fetch: give --model NAME, --data NAME or --benchmarks")
+        if args.model:
+            print(f"{args.model}: {model_folder(args.model)}")
+        if args.data:
+            rows = hub_rows(args.data, args.split)
+            columns = ", ".join(rows.column_names)
+            print(f"{args.data}: {len(rows)} rows in split {args.split}, columns {columns}")
+        for name in BENCHMARKS if args.benchmarks else ():
+            print(f"{name}: {len(load_benchmark(name))} problems")
+    except ValueError as error:
+        exit_bad_input(error)
+
+
+if __name__ == "__main__":
+    main()
