@@ -1,8 +1,8 @@
 r"""Models, problems and prompts: fetched by name, read, checked, and the order of a run's prompts.
 
     python -m infra.data --model Qwen2.5-Math-7B                         # fetches into HF_HOME
-    python -m infra.data --data agentica-org/DeepScaleR-Preview-Dataset  # … a data set
-    python -m infra.data --benchmarks                                    # … those of eval.py
+    python -m infra.data --data agentica-org/DeepScaleR-Preview-Dataset
+    python -m infra.data --benchmarks
 
 A problem is {"id": str, "problem": str, "answer": str | list[str]}; any one of a list of answers is
 right. What lies whole in HF_HOME is taken from there without asking the hub, so that a run does not
@@ -18,7 +18,7 @@ import re
 import sys
 import urllib.request
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,19 +28,14 @@ from infra import toy
 from infra.config import Parser, check_vllm, exit_bad_input
 from infra.ranks import check_gpus
 
+# fmt: off
 # The paper's benchmarks and their sizes (arXiv 2507.06892). "amc" is the set behind its AMC'23
-# column, AMC 12 of 2022 and 2023 together; "amc23" is 2023 alone, which others call AMC'23.
-BENCHMARKS = {
-    "aime24": 30,
-    "amc": 83,
-    "amc23": 40,
-    "math500": 500,
-    "minerva": 272,
-    "olympiadbench": 675,
-}
+# column, AMC 12 of 2022 and 2023 together; "amc23", its end, is 2023 alone: others' AMC'23.
+BENCHMARKS = {"aime24": 30, "amc": 83, "amc23": 40, "math500": 500, "minerva": 272,
+              "olympiadbench": 675}
 COMMIT = "1f5d21165995cba3f3dc05e29d7dce7b643dc121"
 SOURCE = f"AnitaLeungxx/ReMix-Off-Policy-RFT/{COMMIT}/deepscaler/data/test"
-# name: the file in the authors' repository, and content() of its problems; amc23 is the end of amc
+# name: the file in the authors' repository, and content() of its problems
 SOURCES = {
     "aime24": ("aime.json", "b5334984ccd54ba2"),
     "amc": ("amc.json", "675736b91bad988b"),
@@ -49,19 +44,15 @@ SOURCES = {
     "minerva": ("minerva.json", "9d1c3e98af98ee19"),
     "olympiadbench": ("olympiad_bench.json", "55da9de899fab853"),
 }
-# the beginning of a bare model name: its owner
-OWNERS = {
-    "Qwen": "Qwen",
-    "DeepSeek-": "deepseek-ai",
-    "Llama-": "meta-llama",
-    "Meta-Llama-": "meta-llama",
-}
+# how a bare model name begins: its owner
+OWNERS = {"Qwen": "Qwen", "DeepSeek-": "deepseek-ai", "Llama-": "meta-llama",
+          "Meta-Llama-": "meta-llama"}
 # a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
 MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
 # OWNER/NAME[/CONFIG] of a data set, which ends in no file's suffix
 HUB_NAME = re.compile(r"(?!.*\.[a-zA-Z]\w*$)\w[\w.-]*(/\w[\w.-]*){1,2}")
-TIMEOUT = 10  # seconds until the hub counts as unreachable
+TIMEOUT = 10  # seconds until a server counts as unreachable
 LONGEST_TOKEN = 256  # characters; Qwen's longest is a run of 128 spaces
 
 # the paper's suffix, and Qwen2.5-Math's system prompt
@@ -70,15 +61,14 @@ _SYSTEM = r"Please reason step by step, and put your final answer within \boxed{
 # name: the chat messages, or the plain text, for a problem; r1 is the paper's, raw the toy's
 TEMPLATES = {
     "r1": lambda problem: [{"role": "user", "content": problem + _STEPS}],
-    "qwen-math": lambda problem: [
-        {"role": "system", "content": _SYSTEM},
-        {"role": "user", "content": problem},
-    ],
+    "qwen-math": lambda problem: [{"role": "system", "content": _SYSTEM},
+                                  {"role": "user", "content": problem}],
     "plain": lambda problem: problem + "\n" + _STEPS.strip() + "\n",
     "raw": lambda problem: problem,
 }
 # template: how reward.py judges it
 STYLE_OF = {"r1": "think", "qwen-math": "boxed", "plain": "boxed", "raw": "hash"}
+# fmt: on
 
 
 class Task(NamedTuple):
@@ -91,10 +81,10 @@ class Task(NamedTuple):
 
 
 def prepare(cfg, say) -> Task:
-    """Resolve what `cfg` leaves open: template, style, max_response, dtypes, fingerprint.
+    """Resolve what `cfg` leaves open (template, style, max_response, dtypes, fingerprint), on every
+    rank alike. What is small is looked at first, the model is fetched last.
 
-    On every rank alike; what is small is looked at first, the model is fetched last. say: prints a
-    line, on rank 0. Raises ValueError.
+    say: prints a line, on rank 0. Raises ValueError.
     """
     check_gpus(None if cfg.replay else check_vllm())
     if cfg.template != "auto":
@@ -102,7 +92,8 @@ def prepare(cfg, say) -> Task:
     if cfg.data == "toy":
         problems = toy.problems("train")
     else:
-        problems = load_problems(cfg.data, cfg.problem_key, cfg.answer_key, cfg.data_split, say)
+        keys = cfg.problem_key, cfg.answer_key
+        problems = load_problems(cfg.data, *keys, cfg.data_split, say)
     problems, held_out = split_held_out(problems, cfg.held_out)
     parts = {}
     if cfg.eval_every and cfg.replay:
@@ -118,8 +109,8 @@ def prepare(cfg, say) -> Task:
     tokenizer = load_tokenizer(folder)
 
     if cfg.template == "auto":
-        of_model = "raw" if cfg.data == "toy" else default_template(cfg.model or folder, tokenizer)
-        cfg.template = of_model
+        toys = cfg.data == "toy"
+        cfg.template = "raw" if toys else default_template(cfg.model or folder, tokenizer)
     if cfg.style == "auto":
         cfg.style = template_style(cfg.template)
     if cfg.dtype == "auto":
@@ -131,14 +122,13 @@ def prepare(cfg, say) -> Task:
         if cfg.max_prompt >= context or "max_response" in cfg.given:
             raise ValueError(
                 f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the "
-                f"model's context of {context} tokens"
+                f"model's context of {context} tokens: lower them"
             )
         cfg.max_response = context - cfg.max_prompt
     say(
         f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the "
         f"model's context is {context or 'not known'}"
     )
-
     how = folder, tokenizer, cfg.template, cfg.max_prompt, say
     problems, _ = encode(problems, *how)
     for name, part in parts.items():
@@ -148,26 +138,32 @@ def prepare(cfg, say) -> Task:
         f"the model sees {tokenizer.decode(problems[0]['prompt_ids'])!r}"
     )
     cfg.fingerprint = fingerprint(folder, problems)
-    if cfg.resume:
-        saved = json.loads(Path(cfg.out, "config.json").read_text()).get("fingerprint")
-        if saved not in (None, cfg.fingerprint):
-            raise ValueError(
-                f"the run in {cfg.out} was on other problems or another kind of model: --model and "
-                "--data may move, not change"
-            )
+    saved = _config(cfg.out).get("fingerprint") if cfg.resume else None
+    if saved not in (None, cfg.fingerprint):
+        raise ValueError(
+            f"the run in {cfg.out} was on other problems or another kind of model: --model and "
+            "--data may move, not change"
+        )
     return Task(folder, tokenizer, problems, parts)
 
 
 def fingerprint(folder, problems) -> str:
-    """A hash of what a run trains and on what: config.json, but for who wrote it, prompts and
-    answers."""
+    """A hash of what a run trains (config.json, but for who wrote it), prompts and answers."""
     written_by = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
-    config = json.loads(Path(folder, "config.json").read_text())
-    kept = {key: value for key, value in sorted(config.items()) if key not in written_by}
-    found = hashlib.sha256(json.dumps(kept).encode())
+    config = {k: value for k, value in sorted(_config(folder).items()) if k not in written_by}
+    found = hashlib.sha256(json.dumps(config).encode())
     for problem in problems:
         found.update(json.dumps([problem["prompt_ids"], problem["answer"]]).encode())
     return found.hexdigest()
+
+
+def context_length(folder) -> int | None:
+    """max_position_embeddings of the model in `folder` (tokens), None where it does not say."""
+    return _config(folder).get("max_position_embeddings")
+
+
+def _config(folder):
+    return json.loads(Path(folder, "config.json").read_text())
 
 
 # -- the hub --------------------------------------------------------------------------------------
@@ -175,12 +171,12 @@ def fingerprint(folder, problems) -> str:
 
 def full_name(name: str) -> str:
     """OWNER/NAME of a model; a bare name gets its owner from OWNERS. Raises ValueError."""
-    owner = next((OWNERS[start] for start in OWNERS if name.startswith(start)), None)
-    if "/" not in name and not owner:
-        raise ValueError(
-            f"no such folder, and no owner is known for {name!r}: give OWNER/NAME or a folder"
-        )
-    return name if "/" in name else f"{owner}/{name}"
+    if "/" in name:
+        return name
+    for start, owner in OWNERS.items():
+        if name.startswith(start):
+            return f"{owner}/{name}"
+    raise ValueError(f"no folder {name!r}, nor is its owner known: give OWNER/NAME or a folder")
 
 
 def model_folder(name: str | os.PathLike) -> str:
@@ -192,8 +188,8 @@ def model_folder(name: str | os.PathLike) -> str:
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(name):
         raise ValueError(f"{name}: no such folder")
     # root files only: folders hold other formats of the same weights
-    patterns = dict(allow_patterns=MODEL_FILES, ignore_patterns="*/*")
-    return _snapshot("model", full_name(name), missing, **patterns)
+    only = dict(allow_patterns=MODEL_FILES, ignore_patterns="*/*")
+    return _snapshot("model", full_name(name), _missing, **only)
 
 
 def hub_rows(name: str, split: str = "train"):
@@ -202,78 +198,62 @@ def hub_rows(name: str, split: str = "train"):
     from huggingface_hub import constants
 
     if name.count("/") not in (1, 2):
-        raise ValueError(f"{name!r} is no name of a data set: give OWNER/NAME or OWNER/NAME/CONFIG")
+        raise ValueError(f"{name!r} is no data set: give OWNER/NAME or OWNER/NAME/CONFIG")
     owner, title, config = [*name.split("/"), None][:3]
-    # In a cache of its own: the datasets library leaves parts of data sets in the common one,
-    # which cannot be told from whole ones there.
+    # In a cache of its own: in the common one the datasets library leaves parts of data sets,
+    # which nothing tells from whole ones.
     cache = Path(constants.HF_HOME, "remix", "hub")
-    folder = _snapshot("dataset", f"{owner}/{title}", cache_dir=cache)
+    folder = _snapshot("dataset", f"{owner}/{title}", lambda folder: [], cache_dir=cache)
     return _load_dataset(name, folder, config, split=split)
 
 
-def _snapshot(kind, name, missing=lambda folder: [], **how):
+def _snapshot(kind, name, missing, **how):
     """The folder of the hub's `kind` "model" or "dataset": from the cache, else fetched.
 
     huggingface_hub locks file by file, so that the ranks of a machine fetch each once, and goes on
-    with what broke off. missing: folder -> names of what should be there. Raises ValueError.
+    with what broke off. missing: folder -> what it lacks. Raises ValueError.
     """
     import huggingface_hub
-    from huggingface_hub import constants, errors
 
-    def load(local):
-        folder = huggingface_hub.snapshot_download(
-            name, repo_type=kind, local_files_only=local, **how
-        )
-        if absent := missing(folder):
-            raise ValueError(f"no {', '.join(absent[:3])}; weights are read from *.safetensors")
-        return folder
-
+    load = partial(huggingface_hub.snapshot_download, name, repo_type=kind, **how)
     huggingface_hub.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     try:
-        return load(local=True)
+        folder = load(local_files_only=True)
+        if not (found := missing(folder)):
+            return folder
     except Exception as error:  # not there, or not whole
         found = _one_line(error)
-    login = "log in with `hf auth login` or set HF_TOKEN"
     try:
         # first, and with a limit: the download would try for minutes
         huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
-        return load(local=False)
-    except errors.GatedRepoError:
-        why = f"{name} is gated: ask for access on its page on the hub, then {login}"
-    except errors.RepositoryNotFoundError:
-        why = f"the hub has no {kind} {name} for you: check the name; if it is private, {login}"
-    except Exception as error:
-        why = (
-            f"{name} is not whole in {constants.HF_HOME} ({found}) and cannot be fetched "
-            f"({type(error).__name__}: {_one_line(error)}): run `python -m infra.data "
-            f"--{kind.removesuffix('set')} {name}` with internet access, then copy or share HF_HOME"
-        )
-    raise ValueError(why)
+        return load()
+    except Exception as error:  # two libraries' dozen kinds
+        why = f"{type(error).__name__}: {_one_line(error)}"
+    raise ValueError(
+        f"{kind} {name} is not whole in HF_HOME ({found}) and cannot be fetched ({why}): check the "
+        "name; if it is gated or private, log in with `hf auth login`; else run `python -m "
+        f"infra.data --{kind[:5].rstrip('s')} {name}` with internet access and share HF_HOME"
+    )
 
 
 def _load_dataset(name, *source, **how):
-    """datasets.load_dataset; whatever it raises is a ValueError of one line."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*source, **how)
-    except Exception as error:
-        raise ValueError(
-            f"{name} cannot be loaded: {_one_line(error.__cause__ or error)}"
-        ) from None
+    except Exception as error:  # pyarrow's and its own
+        raise ValueError(f"{name}: {_one_line(error.__cause__ or error)}") from None
 
 
 def _one_line(error):
-    """The text of an error, one line of bounded length, without the libraries' advice."""
-    text = re.split(r"outgoing traffic|\n *Example of usage", str(error) or type(error).__name__)[0]
-    return " ".join(text.split())[:200]
+    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
-def missing(folder) -> list[str]:
-    """The files that a snapshot of a model lacks: a killed download may leave any part of it."""
+def _missing(folder):
+    """The files that a model's folder lacks: a killed download may leave any part of it."""
     names, index = ["config.json"], Path(folder, "model.safetensors.index.json")
     if index.is_file():
         names += sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -284,113 +264,89 @@ def missing(folder) -> list[str]:
 def check_model(folder, tp=1):
     """Raise ValueError unless `folder` holds a whole Hugging Face model that this code can train,
     and vLLM can share its attention heads out to `tp` ranks."""
-    from safetensors import safe_open
-
-    path, tensors = Path(folder), {}
-    if not path.is_dir():
+    if not Path(folder).is_dir():
         raise ValueError(f"--model {folder}: no such folder")
     try:
-        config = json.loads((path / "config.json").read_text())
-        heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        if config["model_type"] not in MODEL_TYPES:
-            kinds = ", ".join(MODEL_TYPES)
-            raise ValueError(f"it is of type {config['model_type']}, this code trains {kinds}")
-        if "quantization_config" in config:
-            raise ValueError("it is quantized: take the model that it was made from")
-        # vLLM repeats key-value heads where there are fewer than ranks
-        if heads % tp or kv_heads % tp and tp % kv_heads:
-            raise ValueError(
-                f"--tp {tp} does not divide its {heads} attention heads and {kv_heads} "
-                "key-value heads"
-            )
-        if absent := missing(folder):
-            raise ValueError(f"no {absent[0]}")
-        for file in path.glob("*.safetensors"):
-            with safe_open(file, "pt") as weights:  # refuses a file that was cut short
-                tensors |= dict.fromkeys(weights.keys(), file)
-        # transformers would draw absent layers at random and only warn
-        if f"model.layers.{layers - 1}.mlp.up_proj.weight" not in tensors:
-            raise ValueError(f"its *.safetensors do not hold all {layers} layers")
-        ends = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in tensors]
-        if config.get("tie_word_embeddings") and len(ends) == 2:
-            embedding, head = (safe_open(tensors[name], "pt").get_tensor(name) for name in ends)
-            if not torch.equal(embedding, head):  # sharding would keep one of the two
-                raise ValueError(
-                    "its config.json says that head and embedding are one (tie_word_embeddings), "
-                    "its weights hold two: set it to false"
-                )
-    except Exception as error:
-        why = str(error)
-        if type(error) is not ValueError:
-            why = f"{type(error).__name__}: {why}; config.json and whole *.safetensors are needed"
-        raise ValueError(f"--model {folder} cannot be trained: {_one_line(why)}") from None
+        why = _unfit(folder, tp)
+    except Exception as error:  # whatever a broken file leads to
+        why = f"{type(error).__name__}: {_one_line(error)}; its files must be whole"
+    if why:
+        raise ValueError(f"--model {folder} cannot be trained: {why}")
 
 
-def context_length(folder) -> int | None:
-    """max_position_embeddings of the model in `folder` (tokens), None where it does not say."""
-    return json.loads(Path(folder, "config.json").read_text()).get("max_position_embeddings")
+def _unfit(folder, tp):
+    from safetensors import safe_open
+
+    config, tensors = _config(folder), {}
+    kind, layers = config["model_type"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if kind not in MODEL_TYPES:
+        return f"it is of type {kind}, this code trains {', '.join(MODEL_TYPES)}"
+    if "quantization_config" in config:
+        return "it is quantized: take the model that it was made from"
+    # vLLM repeats key-value heads where there are fewer than ranks
+    if heads % tp or kv_heads % tp and tp % kv_heads:
+        return f"--tp {tp} does not divide its {heads} attention and {kv_heads} key-value heads"
+    if absent := _missing(folder):
+        return f"no {absent[0]} in it"
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:  # refuses a file that was cut short
+            tensors |= dict.fromkeys(weights.keys(), file)
+    # transformers would draw absent layers at random and only warn
+    if f"model.layers.{layers - 1}.mlp.up_proj.weight" not in tensors:
+        return f"its *.safetensors do not hold all of its {layers} layers"
+    both = {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys()
+    if config.get("tie_word_embeddings") and len(both) == 2:
+        embedding, head = (safe_open(tensors[name], "pt").get_tensor(name) for name in both)
+        if not torch.equal(embedding, head):  # sharding would keep one of the two
+            return "its weights hold two of head and embedding: set tie_word_embeddings to false"
 
 
 # -- problems -------------------------------------------------------------------------------------
 
 
 def load_problems(
-    path: str | os.PathLike,
-    problem_key: str = "problem",
-    answer_key: str = "answer",
-    split: str = "train",
-    say=lambda line: None,
+    path, problem_key="problem", answer_key="answer", split="train", say=lambda line: None
 ) -> list[dict]:
     """The problems of a .jsonl (one object a line), .json (a list of objects) or .parquet file, or
     of the hub's data set OWNER/NAME or OWNER/NAME/CONFIG, in its order. A missing id becomes
     FILE/ROW or OWNER/NAME/ROW, rows counted from 0; numbers become strings.
 
-    Nobody can mend the hub's data sets, so their unusable rows are skipped: say(line) tells how
-    many. A file must be whole. Raises ValueError (file, line, what is wrong, what to do).
+    Nobody can mend the hub's data sets: their unusable rows are skipped, and say(line) counts them.
+    A file must be whole. Raises ValueError (file, line, what is wrong, what to do).
     """
-    name = os.fspath(path)
-    remote = not os.path.exists(name) and bool(HUB_NAME.fullmatch(name))
-    if remote:
+    name, stem = os.fspath(path), Path(path).stem
+    rows = None
+    if not os.path.exists(name) and HUB_NAME.fullmatch(name):
         rows, stem = _numbered("row", hub_rows(name, split), 0), name
-    else:
-        rows, stem = _file_rows(Path(name)), Path(name).stem
-    problems, seen, skipped, item = [], {}, [], {}
-    for row, (where, item) in enumerate(rows):
+    problems, seen, skipped = [], {}, []  # seen: id -> where
+    for row, (where, item) in enumerate(rows or _file_rows(Path(name))):
         try:
             problem = _problem(item, problem_key, answer_key)
+            if not problem["id"] or rows and problem["id"] in seen:
+                problem["id"] = f"{stem}/{row}"
+            first = seen.setdefault(problem["id"], where)
+            if first != where:
+                raise ValueError(
+                    f"id {_short(problem['id'])} is {first}'s already; make ids unique"
+                )
         except ValueError as error:
-            if not remote:
+            if not rows:
                 raise ValueError(f"{name}, {where}: {error}") from None
             skipped.append(f"{where}: {error}")
-            continue
-        if not problem["id"] or remote and problem["id"] in seen:
-            problem["id"] = f"{stem}/{row}"
-        first = seen.setdefault(problem["id"], where)
-        if first != where:
-            identity = _short(problem["id"])
-            raise ValueError(
-                f"{name}, {where}: id {identity} is {first}'s already; make ids unique"
-            )
-        problems.append(problem)
-    if not problems and skipped:
-        raise ValueError(
-            f"{name}: none of its {len(skipped)} rows has a usable {problem_key!r} and "
-            f"{answer_key!r}; its columns are {_short(list(item), 300)}: name the right ones with "
-            f"--problem_key and --answer_key ({skipped[0]})"
-        )
+        else:
+            problems.append(problem)
+    first = f" (first: {skipped[0]})" if skipped else ""
     if not problems:
-        raise ValueError(
-            f"{name}: holds no problems; expected objects with {problem_key!r} and {answer_key!r}"
-        )
+        keys = f"{problem_key!r} and {answer_key!r} (--problem_key, --answer_key)"
+        raise ValueError(f"{name}: holds no problems with {keys}{first}")
     if skipped:
-        total = len(skipped) + len(problems)
-        say(f"skipped {len(skipped)} of {total} rows of {name} (first: {skipped[0]})")
+        say(f"skipped {len(skipped)} of {len(skipped) + len(problems)} rows of {name}{first}")
     return problems
 
 
 def _numbered(kind, items, start):
-    """("row 0", item), …"""
     return ((f"{kind} {number}", item) for number, item in enumerate(items, start))
 
 
@@ -401,22 +357,17 @@ def _file_rows(path):
     one file; and the datasets library tells no line, and takes the second of two equal keys.
     """
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise ValueError(
-            f"{path}: not a .jsonl, .json or .parquet file; write one JSON object a line into a "
-            ".jsonl file, or name a data set on the hub as OWNER/NAME"
-        )
+        kinds = ".jsonl (an object a line), .json or .parquet file"
+        raise ValueError(f"{path}: not a {kinds}, nor a data set of the hub, OWNER/NAME")
     try:
-        raw = path.read_bytes() if path.suffix != ".parquet" else path.open("rb").close()
+        path.open("rb").close()
+        if path.suffix == ".parquet":
+            rows = _load_dataset(path, "parquet", data_files=str(path), split="train")
+            return _numbered("row", rows, 0)
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if path.suffix == ".parquet":
-        return _numbered(
-            "row", _load_dataset(path, "parquet", data_files=str(path), split="train"), 0
-        )
-    try:
-        if (nul := raw.find(b"\0")) >= 0:  # UTF-16 without its mark decodes
-            raise UnicodeDecodeError("utf-8", b"", nul, nul, "NUL")
-        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 text; convert the file to it") from None
@@ -426,8 +377,7 @@ def _file_rows(path):
         return ((where, _parse(line, f"{path}, {where}")) for where, line in lines if line.strip())
     items = _parse(text, path) if text.strip() else []
     if not isinstance(items, list):
-        kind = type(items).__name__
-        raise ValueError(f"{path}: holds one {kind}, not a list of objects; put it into [ ]")
+        raise ValueError(f"{path}: holds no list of objects: put it into [ ]")
     return _numbered("item", items, 1)
 
 
@@ -435,30 +385,25 @@ def _parse(text, where):
     """JSON. Raises ValueError, also for two equal keys, of which Python would take the second."""
 
     def unique(pairs):
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise KeyError(twice[0])
+        key, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 1)
+        if count > 1:
+            raise ValueError(f"an object has the key {_short(key)} twice")
         return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " * (", line" not in str(where))
-        raise ValueError(
-            f"{where}: malformed JSON at {line}column {error.colno} ({error.msg}); fix or remove it"
-        ) from None
-    except KeyError as error:
-        key = _short(error.args[0])
-        raise ValueError(f"{where}: an object has the key {key} twice; fix or remove it") from None
-    except (ValueError, RecursionError):  # thousands of digits, brackets thousands deep
-        raise ValueError(f"{where}: JSON that cannot be read; fix or remove it") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        why = f"{line}column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError) as error:  # thousands of digits, brackets thousands deep
+        why = _one_line(error)
+    raise ValueError(f"{where}: malformed JSON ({why}); fix or remove it")
 
 
 def _problem(item, problem_key, answer_key):
     """The problem in a row, its id "" where the row has none. Raises ValueError."""
     if not isinstance(item, dict):
-        kind = type(item).__name__
-        raise ValueError(f"a {kind}, not an object with {problem_key!r} and {answer_key!r}")
+        raise ValueError(f"a {type(item).__name__}, not an object with a problem and its answer")
     for key, option in ((problem_key, "problem_key"), (answer_key, "answer_key")):
         if key not in item:
             keys = _short(list(item), 300)
@@ -468,17 +413,11 @@ def _problem(item, problem_key, answer_key):
         raise ValueError(f"{problem_key!r} must be a string with text in it, not {_short(problem)}")
     answers = [_answer(one) for one in (answer if isinstance(answer, list) else [answer])]
     if not answers or None in answers:
-        raise ValueError(
-            f"{answer_key!r} must be a string, a number or a list of those, and not empty; it is "
-            f"{_short(answer)}"
-        )
+        rule = "must be a string, a number or a list of those, and not empty"
+        raise ValueError(f"{answer_key!r} {rule}; it is {_short(answer)}")
     identity = str(identity) if isinstance(identity, (str, int, float)) else ""
-    try:
-        "".join([problem, identity, *answers]).encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            "a \\ud800 escape without its pair; no tokenizer takes it, remove it"
-        ) from None
+    if re.search("[\ud800-\udfff]", "".join([problem, identity, *answers])):
+        raise ValueError("a \\ud800 escape without its pair; no tokenizer takes it, remove it")
     answer = answers if isinstance(answer, list) else answers[0]
     return {"id": identity, "problem": problem, "answer": answer}
 
@@ -487,9 +426,8 @@ def _answer(value):
     """An answer as a string; None where it is none."""
     if isinstance(value, str):
         return value if value.strip() else None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # ints may be too long for a float
-    return str(value) if number and (isinstance(value, int) or math.isfinite(value)) else None
+    number = type(value) is int or type(value) is float and math.isfinite(value)
+    return str(value) if number else None
 
 
 def _short(value, most=60):
@@ -509,8 +447,7 @@ def split_held_out(problems: list[dict], n: int) -> tuple[list[dict], list[dict]
             count += copies[text]
     if n < 0 or count == len(problems) or n > 0 and not count:
         raise ValueError(
-            f"cannot hold {n} of {len(problems)} problems out: at least one must be held out and "
-            "one remain for training"
+            f"cannot hold {n} of {len(problems)} problems out: leave some on each side"
         )
     train = [p for p in problems if p["problem"] not in held]
     return train, [p for p in problems if p["problem"] in held]
@@ -521,9 +458,8 @@ def load_eval_data(name: str, data_dir: str | os.PathLike | None = None) -> list
     OWNER/NAME. Raises ValueError."""
     if name == "toy":
         return toy.problems("test")
-    if "/" in name or Path(name).suffix:
-        return load_problems(name)
-    return load_benchmark(name, data_dir)
+    remote = "/" in name or Path(name).suffix
+    return load_problems(name) if remote else load_benchmark(name, data_dir)
 
 
 def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list[dict]:
@@ -535,16 +471,12 @@ def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
-    folder = data_dir or os.environ.get("REMIX_DATA")
     n, (file, digest) = BENCHMARKS[name], SOURCES[name]
-    if folder:
+    if folder := data_dir or os.environ.get("REMIX_DATA"):
         paths = [Path(folder, f"{name}.jsonl"), Path(folder, "benchmarks", f"{name}.jsonl")]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
-            raise ValueError(
-                f"no {name}.jsonl in {folder} or its benchmarks folder: pass the --data_dir that "
-                "has it, or none to download it"
-            )
+            raise ValueError(f"no {name}.jsonl in {folder}: pass another --data_dir, or none")
         problems = load_problems(path)
     else:
         path = _public_file(f"{SOURCE}/{file}")
@@ -554,8 +486,7 @@ def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list
     if content(problems) != digest:
         raise ValueError(
             f"{path}: its {len(problems)} problems or answers are not those of {name}, which has "
-            f"{n} (checksum {content(problems)}, not {digest}): get it again, or evaluate on it "
-            "under its own name, as a file"
+            f"{n}: get it again, or name it as a file"
         )
     return problems
 
@@ -577,25 +508,23 @@ def _public_file(name):
 
     path = Path(constants.HF_HOME, "remix", *name.split("/"))
     server = os.environ.get("REMIX_MIRROR", "https://raw.githubusercontent.com")
-    if path.exists():
-        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if path.exists():  # another process has fetched it meanwhile
+            if path.exists():
                 return path
             if constants.HF_HUB_OFFLINE:
                 raise OSError("HF_HUB_OFFLINE is set")
-            # torch.hub.download_url_to_file has no limit for a server that says nothing
+            # torch.hub.download_url_to_file waits for ever for a server that says nothing
             with urllib.request.urlopen(f"{server}/{name}", timeout=TIMEOUT) as answer:
                 aside = Path(f"{path}.tmp")
                 aside.write_bytes(answer.read())
                 aside.rename(path)
-    except Exception as error:  # OSError, HTTPException, ValueError
+    except Exception as error:  # OSError, HTTPException
         raise ValueError(
-            f"{name} is not in {constants.HF_HOME} and cannot be fetched from {server} "
-            f"({type(error).__name__}: {_one_line(error)}): run `python -m infra.data "
-            "--benchmarks` with internet access, then copy or share HF_HOME, or pass --data_dir"
+            f"{path.name} is not in HF_HOME, nor to be had from {server} ({_one_line(error)}): run "
+            "`python -m infra.data --benchmarks` with internet access and share HF_HOME, or pass "
+            "--data_dir"
         ) from None
     return path
 
@@ -604,7 +533,7 @@ def _public_file(name):
 
 
 def load_tokenizer(folder: str | os.PathLike):
-    """The tokenizer of a model folder. Padding defaults to eos. Raises ValueError."""
+    """The tokenizer of a model's folder. Padding defaults to eos. Raises ValueError."""
     from transformers import AutoTokenizer
 
     # without any of these transformers would invent an empty one
@@ -614,13 +543,9 @@ def load_tokenizer(folder: str | os.PathLike):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises half a dozen kinds here
-        why = _one_line(error)
-        raise ValueError(f"no tokenizer could be loaded from {folder}: {why}") from error
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer in {folder} has no eos token: responses could not end; set eos_token "
-            "in its tokenizer_config.json"
-        )
+        raise ValueError(f"{folder}: set eos_token in tokenizer_config.json: responses must end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -651,34 +576,28 @@ def _template(template):
     if template in TEMPLATES:
         return TEMPLATES[template]
     if not os.path.isfile(template):
-        raise ValueError(
-            f"unknown template {template!r}: choose one of {', '.join(TEMPLATES)}, or a file"
-        )
+        names = ", ".join(TEMPLATES)
+        raise ValueError(f"unknown template {template!r}: choose one of {names}, or a file")
     try:
         text = Path(template).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"template {template}: no readable UTF-8 text ({error})") from None
     chat = Path(template).suffix == ".json"
     messages = _parse(text, f"template {template}") if chat else [{"role": "", "content": text}]
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise ValueError(
-            f"template {template}: must be a list of chat messages "
-            '{"role": "...", "content": "..."}'
-        )
-    if not any("{problem}" in m["content"] for m in messages):
-        raise ValueError(
-            f"template {template}: holds no {{problem}}; write it where the problem shall stand"
-        )
+    if not (
+        isinstance(messages, list)
+        and all(isinstance(m, dict) and m.keys() == {"role", "content"} for m in messages)
+        and all(isinstance(value, str) for m in messages for value in m.values())
+        and any("{problem}" in m["content"] for m in messages)
+    ):
+        form = 'text, or .json: a list of chat messages {"role": "...", "content": "..."}'
+        raise ValueError(f"template {template}: must be {form}, with {{problem}} in it")
 
     def fill(problem):
-        return [m | {"content": m["content"].replace("{problem}", problem)} for m in messages]
+        filled = [m | {"content": m["content"].replace("{problem}", problem)} for m in messages]
+        return filled if chat else filled[0]["content"]
 
-    return fill if chat else lambda problem: fill(problem)[0]["content"]
-
-
-def _is_message(m):
-    keys = isinstance(m, dict) and m.keys() == {"role", "content"}
-    return keys and all(isinstance(value, str) for value in m.values())
+    return fill
 
 
 def render(problem_text: str, tokenizer, template: str) -> str:
@@ -688,17 +607,12 @@ def render(problem_text: str, tokenizer, template: str) -> str:
     prompt = _template(template)(problem_text)
     if isinstance(prompt, str):
         return prompt
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"template {template!r} needs a chat template, which this tokenizer lacks: choose "
-            "--template plain"
-        )
     try:
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # jinja: some chat formats refuse a system message
+    except Exception as error:  # jinja: no chat format, or one that refuses a system message
         raise ValueError(
-            f"this tokenizer's chat template refuses template {template!r} ({error}): choose "
-            "--template plain"
+            f"this tokenizer's chat template refuses template {template!r} ({_one_line(error)}): "
+            "choose --template plain"
         ) from error
 
 
@@ -713,31 +627,24 @@ def encode(problems, folder, tokenizer, template, max_prompt, say, of="") -> tup
     # to tokenise 10 MB takes 19 s and 4 GB
     short = [i for i, text in enumerate(texts) if len(text) <= LONGEST_TOKEN * max_prompt]
     # chat formats write the special tokens themselves
-    special, ids = isinstance(_template(template)(""), str), []
-    if short:
-        given = [texts[i] for i in short]
-        ids = tokenizer(given, add_special_tokens=special, verbose=False)["input_ids"]
+    how = dict(add_special_tokens=isinstance(_template(template)(""), str), verbose=False)
+    ids = tokenizer([texts[i] for i in short], **how)["input_ids"] if short else []
     kept = []
     for i, row in zip(short, ids):
         if 0 < len(row) <= max_prompt:
             kept.append({**problems[i], "prompt_ids": list(row)})
+    skipped = len(problems) - len(kept)
     if not kept:
         raise ValueError(
-            f"none of {len(problems)} prompts{of} has 1 to {max_prompt} tokens (the shortest: "
+            f"none of {skipped} prompts{of} has 1 to {max_prompt} tokens (the shortest: "
             f"{min(map(len, ids), default=0)}): raise --max_prompt or check --data"
         )
-    if skipped := len(problems) - len(kept):
-        say(
-            f"skipped {skipped} of {len(problems)} prompts{of}: longer than {max_prompt} tokens "
-            "(--max_prompt)"
-        )
+    if skipped:
+        say(f"skipped {skipped} of {len(problems)} prompts{of}: above --max_prompt {max_prompt}")
     largest = max(tokenizer.eos_token_id, *(max(problem["prompt_ids"]) for problem in kept))
-    vocabulary = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
-    if largest >= vocabulary:
-        raise ValueError(
-            f"the tokenizer in {folder} gives ids up to {largest}, its model has {vocabulary}: "
-            "they are not of one model"
-        )
+    if largest >= (vocabulary := _config(folder)["vocab_size"]):
+        mixed = f"the tokenizer's ids go up to {largest}, the model has {vocabulary}"
+        raise ValueError(f"{folder}: {mixed}: they are not of one model")
     return kept, skipped
 
 
