@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -166,7 +167,7 @@ def test_complete(tmp_path):
 @pytest.mark.parametrize("row", compare.ROWS)
 def test_plan_meets_the_budget_and_no_more(row):
     flags, steps = compare.plan(row, seed=1, budget=3000, lr=1e-4)
-    cfg = compare.parse(flags)
+    cfg = compare.settings(flags)
     assert compare.total_rollouts(cfg, steps - 1) < 3000 <= compare.total_rollouts(cfg, steps)
     assert (cfg.steps, cfg.seed, cfg.lr) == (steps, 1, 1e-4)
     fresh = compare.total_rollouts(cfg, 1)
@@ -174,15 +175,15 @@ def test_plan_meets_the_budget_and_no_more(row):
 
 
 def save_config(folder, cfg):
-    """config.json with the values of `cfg`; not those that are no JSON."""
-    values = {key: value for key, value in vars(cfg).items() if not isinstance(value, (set, dict))}
+    """config.json as train.py writes it."""
+    values = {key: value for key, value in vars(cfg).items() if key not in ("given", "sources")}
     (folder / "config.json").write_text(json.dumps({"values": values, "argv": [[]]}))
 
 
 def test_runs_with_other_settings_are_refused(tmp_path):
     flags, steps = compare.plan("ppo", 0, 640, 2e-4)
     run = write_run(tmp_path / "a", steps=steps)
-    save_config(run, compare.parse([*flags, "--dtype", "float32", "--micro_tokens", "150"]))
+    save_config(run, compare.settings([*flags, "--micro_tokens", "150"]))
     compare.train(run, flags, steps)  # the same but for the machine, and complete: nothing to start
     assert not run.with_suffix(".log").exists()
     changed = [*flags, "--clip_low", "0.3", "--data_dir", "x"]
@@ -191,38 +192,33 @@ def test_runs_with_other_settings_are_refused(tmp_path):
         compare.train(run, changed, steps)
 
 
-# The commands, with a train.py that writes made-up runs.
+# The commands, with made-up runs in place of those that they start.
 
-FAKE_TRAIN = f"""
-import sys, pathlib
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import test_tools
-cfg = test_tools.compare.parse(sys.argv[1:])
-print("training", *sys.argv[1:])
-if cfg.seed == 13:
-    sys.exit("Boom: an unlucky seed")
-out = pathlib.Path(cfg.out)
-if cfg.resume:
-    out.rename(out.with_name(out.name + "-before"))
-test_tools.write_run(out, cfg.algo, cfg.lr, cfg.seed, cfg.steps, eval_every=cfg.eval_every)
-test_tools.save_config(out, cfg)
-"""
-FAKE_EVAL = """
-import sys, pathlib
-out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-out.mkdir()
-(out / "results.json").write_text('{"scores": {"toy": {"pass@1": 0.75, "length_mean": 21.5}}}')
-"""
+
+def made_up(command, stdout=None, **how):
+    """subprocess.run for compare.py: what train.py and eval.py would leave; seed 13 is unlucky."""
+    print("started", *command[1:], file=stdout)
+    out = Path(command[-1] if command[-1] != "--resume" else command[-2])
+    if "eval.py" in command:
+        scores = {"pass@1": 0.75, "length_mean": 21.5}
+        out.mkdir()
+        (out / "results.json").write_text(json.dumps({"scores": {"toy": scores}}))
+    if "train.py" in command:
+        cfg = compare.parse(command[command.index("train.py") + 1 :])
+        if cfg.seed == 13:
+            print("Boom: an unlucky seed", file=stdout)
+            return subprocess.CompletedProcess(command, 1)
+        if cfg.resume:
+            out.rename(out.with_name(out.name + "-before"))
+        write_run(out, cfg.algo, cfg.lr, cfg.seed, cfg.steps, eval_every=cfg.eval_every)
+        save_config(out, cfg)
+    return subprocess.CompletedProcess(command, 0)
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """The folder in which compare.py finds its commands, in place of the repository's."""
-    scripts = {"infra/toy.py": "print('warm')", "eval.py": FAKE_EVAL, "train.py": FAKE_TRAIN}
-    (tmp_path / "infra").mkdir()
-    for name, text in scripts.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    """An empty folder to call compare.py in."""
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=made_up, STDOUT=None))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -242,7 +238,10 @@ def test_compare_command_goes_on_with_what_is_missing(fake, monkeypatch, capfd):
     assert last == "runs/compare/table.md runs/compare/compare.png"
     done = {}
     for log in folder.glob("*.log"):
-        done[log.stem] = log.read_text().count("training"), log.read_text().count("--resume")
+        done[log.stem] = (
+            log.read_text().count("started train.py"),
+            log.read_text().count("--resume"),
+        )
     names = [f"ppo-utd2-lr2e-4-10steps-seed{seed}" for seed in (0, 1, 13)]
     names += [f"grpo-lr1e-4-10steps-seed{seed}" for seed in (0, 1, 13)]
     assert done == dict.fromkeys(names, (1, 0)) | {names[3]: (2, 1)}
@@ -254,6 +253,7 @@ def test_demo_command(fake, capfd):
     out = capfd.readouterr().out
     assert out.splitlines()[-1] == "runs/demo-2/demo.png runs/demo-2/remix-ppo runs/demo-2/ppo"
     assert is_picture(fake / "runs" / "demo-2" / "demo.png") and "| 0.750" in out
+    assert "started -m torch.distributed.run --standalone --nproc_per_node 1 train.py --algo" in out
     assert "Fresh rollouts to 40%, PPO over ReMix-PPO: 0." in out
 
 

@@ -33,10 +33,7 @@ from tools import plot
 
 ROWS = "ppo,ppo --utd 2,grpo,grpo --utd 2,mix-ppo,mix-grpo,remix-ppo,remix-grpo".split(",")
 EVAL_ROLLOUTS = 256  # about so many fresh rollouts between two evaluations
-# Flags of the machine, and those that a run settles when it starts: runs may differ in them.
-MACHINE = set(
-    "out resume threads micro_tokens engine_memory dtype rollout_dtype template style".split()
-)
+MACHINE = {"out", "resume", "threads", "micro_tokens", "engine_memory", "dtype"}
 # Runs side by side on few cores; quiet.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 ABOUT = """\
@@ -171,13 +168,18 @@ def picture(results, budget, target, path):
 # Running.
 
 
+def settings(flags):
+    """What train.py makes of `flags`, in a folder that holds no run."""
+    return parse([*flags, "--out", "no run"])
+
+
 def plan(row, seed, budget, lr=None):
     """(flags for train.py, steps) of one run. row: an algorithm, perhaps with flags; lr None: the
     default. Steps are the smallest number that reaches the budget."""
     flags = ["--algo", *row.split(), "--seed", str(seed)]
     if lr is not None:
         flags += ["--lr", str(lr)]
-    cfg = parse(flags)
+    cfg = settings(flags)
     steps = next(n for n in count(1) if total_rollouts(cfg, n) >= budget)
     every = max(1, round(EVAL_ROLLOUTS / total_rollouts(cfg, 1)))
     return [*flags, "--steps", str(steps), "--eval_every", str(every)], steps
@@ -193,10 +195,16 @@ def complete(folder, steps):
 
 
 def other_settings(folder, flags):
-    """The settings of the run in `folder` that `flags` would change: {flag: (then, now)}."""
-    then, now = plot.settings(folder), vars(parse(flags))
-    shared = sorted(then.keys() & now.keys() - MACHINE)
-    return {key: (then[key], now[key]) for key in shared if then[key] != now[key]}
+    """The settings of the run in `folder` that `flags` would change: {flag: (then, now)}.
+
+    Not those of the machine, nor those that a run settles for itself.
+    """
+    then, now = plot.settings(folder), vars(settings(flags))
+    changed = {}
+    for key in sorted(then.keys() & now.keys() - MACHINE):
+        if now[key] not in (None, "auto", then[key]):
+            changed[key] = then[key], now[key]
+    return changed
 
 
 def train(folder, flags, steps):
