@@ -113,10 +113,6 @@ def prepare(cfg, say) -> Task:
         cfg.template = "raw" if toys else default_template(cfg.model or folder, tokenizer)
     if cfg.style == "auto":
         cfg.style = template_style(cfg.template)
-    if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    if cfg.rollout_dtype == "auto":
-        cfg.rollout_dtype = cfg.dtype
     context = context_length(folder)
     if context and cfg.max_prompt + cfg.max_response > context:
         if cfg.max_prompt >= context or "max_response" in cfg.given:
