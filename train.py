@@ -31,7 +31,7 @@ from infra.metrics import Meter, Recorder, step_metrics
 from loss import aggregate
 from model import Critic, Learner, Policy, collate
 from reward import Judge, try_own
-from rollout import Colocated, Recorded, check_record
+from rollout import behaviour_of, check_record
 
 
 def train(cfg, task, judge, ranks, say):
@@ -41,7 +41,7 @@ def train(cfg, task, judge, ranks, say):
     """
     method, done = methods.Method(cfg), 0
     # the engine first: it measures what memory is free, then sleeps
-    behaviour = (Recorded if cfg.replay else Colocated)(cfg, task, judge, ranks)
+    behaviour = behaviour_of(cfg, task, judge, ranks)
     policy = Learner(Policy(task.folder, cfg.temperature, not ranks.first), cfg.lr, cfg, ranks)
     learners = {"policy": policy}
     if method.critic:
