@@ -3,7 +3,7 @@ without `.tmp` is complete.
 
     OUT/checkpoints/step_000100/   sharded/: policy, critic, optimisers, frozen policies, in
                                    PyTorch's distributed format
-                                   state.pt: step, buffer, what the loop adds
+                                   state.pt: step, buffer
     OUT/model/                     the policy in Hugging Face format
 
 Nothing random is saved because nothing random is carried over: prompts, draws, minibatches and
@@ -99,11 +99,11 @@ def sharded_state(learners, snapshots):
     return state
 
 
-def save(out, step, learners, snapshots, buffer, extra, keep, ranks):
+def save(out, step, learners, snapshots, buffer, keep, ranks):
     """Write the checkpoint of `step`, then remove all but the newest `keep`. A collective.
 
-    learners: name -> Learner; snapshots: name -> list of DTensors; extra: dict of plain values and
-    tensors that load() gives back. Raises OSError on every rank where one could not write.
+    learners: name -> Learner; snapshots: name -> list of DTensors. Raises OSError on every rank
+    where one could not write.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -117,8 +117,8 @@ def save(out, step, learners, snapshots, buffer, extra, keep, ranks):
         dcp.save(sharded_state(learners, snapshots), checkpoint_id=aside / "sharded")
     with together(f"could not write {aside}"):
         if ranks.first:
-            state = {"step": step, "snapshots": sorted(snapshots), "extra": extra}
-            torch.save(state | {"buffer": buffer.state_dict()}, aside / "state.pt")
+            state = {"step": step, "snapshots": sorted(snapshots), "buffer": buffer.state_dict()}
+            torch.save(state, aside / "state.pt")
             put_in_place(aside, folder)
             for old in complete(out)[:-keep]:  # only now, when the new one is complete
                 # half removed, it must not pass for one
@@ -126,7 +126,7 @@ def save(out, step, learners, snapshots, buffer, extra, keep, ranks):
 
 
 def load(folder, learners, buffer):
-    """Read a checkpoint into learners and buffer; returns (step, snapshots, extra). Any number of
+    """Read a checkpoint into learners and buffer; returns (step, snapshots). Any number of
     ranks may have written it. A collective. Raises OSError."""
     with together(f"could not read {folder} (remove it, and --resume takes the one before)"):
         return read(folder, learners, buffer)
@@ -151,7 +151,7 @@ def read(folder, learners, buffer):
     for name, snapshot in snapshots.items():
         snapshots[name] = [sharded[name][str(i)] for i in range(len(snapshot))]
     buffer.load_state_dict(state["buffer"])
-    return state["step"], snapshots, state["extra"]
+    return state["step"], snapshots
 
 
 def export(folder, source, policy, tokenizer, cfg, ranks):

@@ -20,7 +20,6 @@ from conftest import command
 from infra import checkpoint, ranks
 from infra.toy import make_tokenizer
 
-EXTRA = {"best": 0.25, "nested": [(1, None, "x")], "tensor": torch.arange(3)}
 HISTORY = {"window": 2, "entries": [(1, [[{"response": torch.arange(30_000), "reward": 1.0}]])]}
 
 
@@ -86,7 +85,7 @@ def job(folder):
     me, out, seen = ranks.start(threads=1), folder / "run", {"failed": []}
 
     def save(step):
-        checkpoint.save(out, step, learners, snapshots, buffer, EXTRA, 2, me)
+        checkpoint.save(out, step, learners, snapshots, buffer, 2, me)
 
     def fails(work):
         try:
@@ -126,7 +125,7 @@ def job(folder):
     learners = {"policy": Learner(4), "critic": Learner(7)}
     buffer = Namespace(load_state_dict=lambda state: seen.update(buffer=state))
     folder_read = checkpoint.newest(out)
-    seen["step"], snapshots, seen["extra"] = checkpoint.load(folder_read, learners, buffer)
+    seen["step"], snapshots = checkpoint.load(folder_read, learners, buffer)
     seen["loaded"] = state_of(learners, snapshots)
     for learner in learners.values():
         learner.advance()
@@ -165,13 +164,13 @@ def equal(a, b):
 
 
 def test_every_bit_comes_back_at_as_many_ranks_and_at_one(seen):
-    """Parameters, moments, step counts, snapshots, history, extra."""
+    """Parameters, moments, step counts, snapshots, history."""
     saved = seen[2, 0]["saved"]
     assert saved["critic", 0, "step"] == 2 and saved["critic", 0, "exp_avg_sq"].any()
     assert not torch.equal(saved["base", 0], saved["prev", 0])
     for found in seen.values():
         assert found["step"] == 10 and equal(found["loaded"], saved)
-        assert equal(found["buffer"], HISTORY) and equal(found["extra"], EXTRA)
+        assert equal(found["buffer"], HISTORY)
 
 
 def test_training_goes_on_after_a_checkpoint_as_without_it(seen):
