@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH_CPU = torch==2.13.0+cpu
 
-.PHONY: demo test stress soak unit compare format
+.PHONY: demo test stress soak unit compare docs format
 
 demo: .venv/ready
 	.venv/bin/python tools/compare.py demo
@@ -18,10 +18,13 @@ soak: .venv/ready
 	.venv/bin/python tests/soak.py --minutes $(or $(MINUTES),60) --out runs/soak-$$(date +%Y%m%d-%H%M%S)
 
 unit: .venv-unit/ready
-	.venv-unit/bin/python -m pytest -q tests/test_loss.py tests/test_advantage.py tests/test_buffer.py
+	.venv-unit/bin/python -m pytest -q tests/test_loss.py tests/test_advantage.py tests/test_buffer.py tests/test_family.py
 
 compare: .venv/ready
 	.venv/bin/python tools/compare.py
+
+docs: .venv/ready
+	.venv/bin/python tools/docs.py
 
 format: .venv/ready
 	.venv/bin/ruff format .
