@@ -200,6 +200,11 @@ class Method:
             kl_lambda, **{name: f"lambda_{name}" for name in ("start", "every", "drop", "floor")}
         )
 
+    @property
+    def anchors(self):
+        """The frozen policies that a run keeps from its start: the base, where it is read."""
+        return ["base"] if "logp_base" in self.reads() else []
+
     def active(self):
         """All functions that the run calls."""
         weights = [weight for weight, _, _ in self.weights.values()]
@@ -276,9 +281,7 @@ class Method:
         mixed = min(k, cfg.reincarnate or k)  # steps of the first phase behind us
         passes = cfg.utd if before else cfg.utd_after
         lam, later = (self.weight_of_base({"step": t}, self.numbers) for t in (step, step + 1))
-        references = {}
-        if "logp_base" in self.reads():
-            references["base"] = 0 if before else cfg.reincarnate
+        references = dict.fromkeys(self.anchors, 0 if before else cfg.reincarnate)
         if "logp_prev" in self.reads() and lam < 1:
             references["prev"] = k if cfg.anchor == "old" else max(k - 1, 0)  # π_{−1} = π_0
         return Plan(

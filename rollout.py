@@ -314,6 +314,13 @@ class Recorded:
         return None
 
 
+def behaviour_of(cfg, task, judge, ranks):
+    """Who writes the rollouts of a run with these flags."""
+    if cfg.replay:
+        return Recorded(cfg, task, ranks)
+    return Colocated(cfg, task, judge, ranks)
+
+
 def check_record(cfg):
     """Raise ValueError unless --replay holds a record of each step that --steps asks for."""
     whole = {path.stem for path in Path(cfg.replay).glob("step_*.pt")}

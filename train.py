@@ -31,7 +31,7 @@ from infra.metrics import Meter, Recorder, step_metrics
 from loss import aggregate
 from model import Critic, Learner, Policy, collate
 from reward import Judge, try_own
-from rollout import Colocated, Recorded, check_record
+from rollout import behaviour_of, check_record
 
 
 def train(cfg, task, judge, ranks, say):
@@ -41,14 +41,13 @@ def train(cfg, task, judge, ranks, say):
     """
     method, done = methods.Method(cfg), 0
     # the engine first: it measures what memory is free, then sleeps
-    behaviour = (Recorded if cfg.replay else Colocated)(cfg, task, judge, ranks)
+    behaviour = behaviour_of(cfg, task, judge, ranks)
     policy = Learner(Policy(task.folder, cfg.temperature, not ranks.first), cfg.lr, cfg, ranks)
     learners = {"policy": policy}
     if method.critic:
-        learners["critic"] = Learner(
-            Critic(task.folder, not ranks.first), cfg.critic_lr, cfg, ranks
-        )
-    snapshots = {name: policy.snapshot() for name in method.plan(1).references if name == "base"}
+        critic = Critic(task.folder, not ranks.first)
+        learners["critic"] = Learner(critic, cfg.critic_lr, cfg, ranks)
+    snapshots = {name: policy.snapshot() for name in method.anchors}
     buffer, prompts = RingBuffer(cfg.window), data.PromptStream(task.problems, cfg.seed)
     if cfg.resume and (latest := checkpoint.newest(cfg.out)):
         done, snapshots = checkpoint.load(latest, learners, buffer)
@@ -95,10 +94,12 @@ def train(cfg, task, judge, ranks, say):
             if plan.phase == "mixed":
                 buffer.push(plan.version, fresh)
             if plan.reincarnate:
-                buffer, snapshots["base"] = RingBuffer(cfg.window), policy.snapshot()
+                buffer = RingBuffer(cfg.window)
+                snapshots |= {name: policy.snapshot() for name in method.anchors}
                 say(f"reincarnation after step {step}: base <- policy, history off")
 
-        recorder.write(step_metrics(plan, batch, meter, cfg, task) | examiner.examine(step), fresh)
+        record = step_metrics(plan, batch, meter, cfg, task) | examiner.examine(step)
+        recorder.write(record, batch.samples)
         why = guards.stop(step, cfg, recorder.longest)
         if why or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
             with clock("save"):

@@ -1,17 +1,10 @@
-"""What ends a run, other than its last step: a dead launcher, a signal, the clock, an alarm.
+"""What ends a run other than its last step: a dead launcher, a signal, the clock, an alarm.
 
-    guard()      first thing in main: die with torchrun
-    listen()     before the first step: SIGTERM and SIGINT are a notice from here on
-    stop()       between steps: has a notice come, is time up?
-    hold()       one run a folder
-    agree()      all ranks are of one run
-    check_gap(), Alarms   rather stop than train on rubbish, on nothing, or apart
-
-Before listen(), and where it is never called (eval.py), a signal ends the process. Afterwards the
-step is finished first. Python runs a signal's handler between two bytecodes of the main thread:
-where that one is in C, in a collective that waits for another rank say, the notice is taken when C
-returns. kill -9 works always. A torchrun that was told to end kills its ranks 30 s after it told
-them; to have a step of minutes finished and saved, signal a rank instead.
+Until listen(), and in eval.py, a signal ends the process. From then on the first is a notice: the
+step is finished, the run saves and stops. Python runs a signal's handler between two bytecodes of
+the main thread; where that one waits in C for another rank, so does the notice. kill -9 works
+always. A torchrun that was told to end kills its ranks 30 s after it told them: to have a longer
+step finished, signal a rank.
 """
 
 import ctypes
@@ -32,8 +25,9 @@ SKIPPED = 3  # updates in a row that end the run
 # Steps in a row that end the run. 20 are 3,080 responses of the paper's remix-ppo: 19 times out of
 # 20 a policy that is right once in a thousand would have been.
 NOTHING_LEARNED = 20
-# may differ between machines; what is in them may not
-PATHS = {"model", "data", "data_dir", "eval_data", "template", "replay", "out"}
+# What may differ between machines (what is in these places may not), and what is no flag.
+NOT_SHARED = {"model", "data", "data_dir", "eval_data", "template", "replay", "out"}
+NOT_SHARED |= {"given", "fingerprint"}
 
 _started = time.perf_counter()
 _notice = None  # name of the signal that came
@@ -67,12 +61,10 @@ def _note(number, _frame):
         return
     _notice = signal.Signals(number).name
     if os.environ.get("RANK", "0") == "0":
-        # os.write: the main thread may have been interrupted within a print
-        os.write(
-            1, f"\n{_notice}: saves and stops when this step is over, at once at another\n".encode()
-        )
-    # Signals within a second are one: a cluster may tell torchrun and the ranks, and torchrun tells
-    # the ranks again. The next is left to the kernel, which does not wait for Python.
+        # not print, which this may have interrupted
+        os.write(1, f"\n{_notice}: saves and stops after this step, at once at another\n".encode())
+    # Within a second signals are one: a cluster may tell torchrun and the ranks, and torchrun tells
+    # the ranks again. The next is the kernel's, which does not wait for Python.
     time.sleep(1)
     _deaf()
 
@@ -84,20 +76,19 @@ def _deaf():
 
 def stop(step, cfg, longest):
     """Why the run ends after `step`, before its last: the name of a signal to any rank, or a text
-    on --max_hours; else None. A collective.
+    on --max_hours; None goes on. A collective.
 
     longest: duration of the longest step so far (s). Out of time is when another such step might
     end later than --max_hours after this process began, by rank 0's clock.
     """
     if step == cfg.steps:
         return None
-    end = time.perf_counter() - _started + longest
-    seen = gather((_notice, 0 < 3600 * cfg.max_hours < end))
-    notices = [notice for notice, _ in seen if notice]
-    if notices:
-        return notices[0]
-    late = seen[0][1]
-    return f"the next one might end later than --max_hours {cfg.max_hours}" if late else None
+    late = 0 < 3600 * cfg.max_hours < time.perf_counter() - _started + longest
+    seen = gather((_notice, late))
+    for notice, _ in seen:
+        if notice:
+            return notice
+    return f"another might end later than --max_hours {cfg.max_hours}" if seen[0][1] else None
 
 
 def hold(folder, wait=60):
@@ -122,35 +113,31 @@ def agree(cfg, fingerprint):
     A collective. fingerprint: of the problems and the kind of model."""
     facts = {"data or kind of model": fingerprint}
     for name, value in vars(cfg).items():
-        if name not in PATHS | {"given", "fingerprint"}:
+        if name not in NOT_SHARED:
             facts[f"--{name}"] = value
     first, *others = gather(facts)
     for rank, other in enumerate(others, 1):
-        differ = [name for name in first | other if first.get(name) != other.get(name)]
+        differ = [name for name in first if first.get(name) != other.get(name)]
         if differ:
-            there = ", ".join(f"{name} {other.get(name)} ({first.get(name)})" for name in differ)
             raise RuntimeError(
-                f"rank {rank} is not of the same run, its {there}: in parentheses rank 0's. "
-                "Start all ranks with the same command, code and data"
+                f"rank {rank} has another {', '.join(differ)} than rank 0: start all ranks with "
+                "the same command, code and data"
             )
 
 
 def check_gap(gap, version, bound):
-    """Raise RuntimeError when sampler and trainer disagree by more than rounding: the engine has
-    other weights, or the policy has diverged.
+    """Raise RuntimeError when sampler and trainer disagree by more than rounding.
 
     gap: (n,) |log-prob by trainer - by sampler| of the fresh tokens; bound: of its mean.
     """
     mean = gap.mean().item()
-    if not math.isfinite(mean):
+    if not (math.isfinite(mean) and mean <= bound):
+        cause = "the engine's weights are not the trainer's"
+        if not math.isfinite(mean):
+            cause = "the policy has diverged (a smaller --lr?), or its weights never were finite"
         raise RuntimeError(
-            f"log-probs are not finite at version {version}: the policy has diverged (a smaller "
-            "--lr?), or its weights never were finite"
-        )
-    if mean > bound:
-        raise RuntimeError(
-            f"mean |trainer - sampler| log-prob is {mean:.2e} at version {version}, above "
-            f"{bound:.0e}: the engine's weights are not the trainer's"
+            f"mean |trainer - sampler| log-prob is {mean:.2e} at version {version}, "
+            f"above {bound:.0e}: {cause}"
         )
 
 

@@ -170,7 +170,7 @@ def plan(cfg, s, gpus, gpu_memory):
     c = (
         4 if cfg.dtype == "float32" else 2
     )  # bytes a number: the trainer's compute type, then the engine's
-    r = {"float32": 4, "auto": c}.get(cfg.rollout_dtype, 2)
+    r = c
     shards = min(gpus, NODE) if cfg.hsdp else gpus
     length = min(
         cfg.max_prompt + cfg.max_response, s["context"] or math.inf

@@ -237,7 +237,7 @@ class Recorder:
         """The items, with a bar on rank 0 where they take long."""
         return tqdm(items, "updates", total, leave=False, delay=2, disable=not self.ranks.first)
 
-    def write(self, record, fresh=()):
+    def write(self, record, samples=()):
         """One line of metrics, non-finite numbers as null; some of the `fresh` samples for reading.
         Clears the clock."""
         record = record | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
@@ -261,7 +261,7 @@ class Recorder:
         line = {name: finite(record.get(name)) for name in METRICS | record}
         append(
             self.out / "samples.jsonl",
-            "".join(self.readable(line["step"], s) for s in fresh[:SAMPLES]),
+            "".join(self.readable(line["step"], s) for s in samples[:SAMPLES]),
         )
         append(self.out / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
