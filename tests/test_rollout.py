@@ -1,18 +1,24 @@
-"""rollout.py with real vLLM engines: what tests/workers.py saw at one rank, at two, and with two ranks per engine."""
+"""rollout.py with real vLLM engines: what tests/workers.py saw at one rank, at two, and with two
+ranks per engine; then records, and behaviours around scripted engines."""
 
 import itertools
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from dataclasses import fields
+from types import SimpleNamespace as Has
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from workers import LENGTH, PROMPTS, tiny_model
+from workers import ANSWER, ASKED, LENGTH, PROMPTS, Noted, completion, make_colocated, tiny_model
 
+import rollout
+from buffer import Sample
 from conftest import command
-from rollout import as_response, request_seed
-from train import generate
+from infra.ranks import Ranks
+from infra.toy import make_tokenizer
+from reward import canonical
+from rollout import Recorded, as_response, check_record, record, request_seed
 
 EOS = 1
 
@@ -25,32 +31,30 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch(job, folder, world):
+def launch(folder, job, world):
     done = command("tests/workers.py", job, folder, ranks=world, env={"PYTHONHASHSEED": str(world)})
     assert done.returncode == 0, done.stderr[-4000:]
-    return [
-        torch.load(folder / f"{job}-{world}-{rank}.pt", weights_only=False) for rank in range(world)
-    ]
+    paths = [folder / f"{job}-{world}-{rank}.pt" for rank in range(world)]
+    return [torch.load(path, weights_only=False) for path in paths]
 
 
 @pytest.fixture(scope="module")
 def seen(folder):
-    """What the two programs saw, which run at the same time: {world: [rank 0's, …]}."""
+    """[what one rank saw, what two saw]; the two programs run at the same time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(
-            zip((1, 2), pool.map(launch, ("engine_one", "engine_two"), (folder, folder), (1, 2)))
-        )
+        jobs = [(folder, "engine_one", 1), (folder, "engine_two", 2)]
+        return list(pool.map(lambda job: launch(*job), jobs))
 
 
 @pytest.fixture(scope="module")
 def one(seen):
-    return seen[1][0]
+    return seen[0][0]
 
 
 @pytest.fixture(scope="module")
 def two(seen):
     """[rank 0, rank 1], each {tp: what it saw}."""
-    return seen[2]
+    return seen[1]
 
 
 def same(responses, others, tolerance=0.0):
@@ -65,23 +69,10 @@ def same(responses, others, tolerance=0.0):
 # ---- weights
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
-def test_weights_arrive(one, model):
-    seen = one[model]
-    assert seen["gap"] < 1e-4 and seen["gap, updated"] < 1e-4
-    assert (
-        seen["gap, stale"] > 1e-3
-    )  # the comparison can tell the weights of two neighbouring steps apart
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_weights_arrive_at_two_ranks(two, tp):
-    for rank in two:
-        assert (
-            rank[tp]["gap"] < 1e-4
-            and rank[tp]["gap, updated"] < 1e-4
-            and rank[tp]["gap, stale"] > 1e-3
-        )
+def test_weights_arrive(one, two):
+    """The comparison can tell the weights of two neighbouring steps apart."""
+    for seen in (one["tied"], one["untied"], *(rank[tp] for rank in two for tp in (1, 2))):
+        assert seen["gap"] < 1e-4 and seen["gap, updated"] < 1e-4 and seen["gap, stale"] > 1e-3
 
 
 def test_alarms(one):
@@ -94,68 +85,66 @@ def test_alarms(one):
         ("unknown", "model.extra.weight"),
         ("unexpected", "model.norm.weight"),
     ):
-        assert culprit in seen[name]
-        assert all(
-            seen[name + ", then"]
-        )  # neither the old version nor the failed one can be asked for
+        message, *then = seen[name]
+        # neither the old version nor the failed one can be asked for
+        assert culprit in message and all(then)
     assert seen["gap"] < 1e-4  # a right update mends it
-    assert "consumed to the end: False" in one["sleeping"]["not consumed"]
+    assert "the end" in one["sleeping"]["not consumed"]
 
 
 def test_order_of_calls_around_sleep(one):
-    """Memory for the weights, the weights, then the cache, before anything is generated; no wake-up without weights."""
-    wake = [
-        "wake ['weights']",
-        "reload_weights ['a', 'b']",
-        "reset cache",
-        "wake ['kv_cache']",
-        "generate",
-    ]
-    assert one["sleeping"]["calls"] == ["sleep 2", *wake, "sleep 2", *wake, "sleep 2", *wake]
-    for r in one["sleeping"][
-        "responses"
-    ]:  # the first log-prob of a position is the sampled token's
+    """Memory for the weights, the weights, then the cache; no wake-up without weights."""
+    seen, reload = one["sleeping"], "reload_weights ['a', 'b']"
+    wake = ["wake ['weights']", reload, "reset cache", "wake ['kv_cache']", "generate"]
+    assert seen["calls"] == ["sleep 2", *wake, "sleep 2", *wake, "sleep 2", *wake]
+    for r in seen["responses"]:  # the first log-prob of a position is the sampled token's
         assert r["response"].tolist() == [4] and r["logp_sampler"].tolist() == [-0.5]
-    assert "expandable_segments" in one["sleeping"]["nothing freed"]
-    assert (
-        "older weights" in one["sleeping"]["old blocks"][0]
-        and "version None" in one["sleeping"]["old blocks"][1]
-    )
-    assert (
-        one["put to sleep"] == 1
-    )  # from the start: the trainer fills the memory before the first update
-    assert all("asleep" in message for message in one["sleeping"]["asleep"])
+    assert "expandable_segments" in seen["nothing freed"]
+    assert "older weights" in seen["old blocks"][0] and "version None" in seen["old blocks"][1]
+    assert one["put to sleep"] == 1  # the trainer fills the memory before the first update
+    assert all("asleep" in message for message in seen["asleep"])
 
 
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("fewer", ["1 responses to 2 requests"]),
-        ("none", ["0 responses to 2 requests"]),
-        ("empty", ["response 1 of 2", "0 tokens"]),
-        ("NaN", ["response 1 of 2", "not finite"]),
-        ("null", ["response 1 of 2", "not finite"]),
-        ("infinite", ["response 0 of 2", "not finite"]),
-        ("absent", ["no log-probs"]),
+        ("fewer", "ValueError"),
+        ("none", "ValueError"),
+        ("empty", "0 tokens"),
+        ("NaN", "not finite"),
+        ("null", "not finite"),
+        ("infinite", "not finite"),
+        ("absent", "0 log-probs"),
     ],
 )
 def test_less_than_a_whole_response_to_each_request_is_refused(one, name, words):
-    assert all(word in one["sleeping"][name] for word in words), one["sleeping"][name]
+    assert words in one["sleeping"][name]
+
+
+def test_log_probs_of_other_tokens_are_refused():
+    flat = Has(token_ids=[4, 7, 9], logprobs=[-0.5, -0.1, -2.0], start_indices=[0, 2])
+    output = Has(token_ids=(4, 9), logprobs=flat, finish_reason="length")
+    found = as_response(output)
+    assert found["logp_sampler"].tolist() == [-0.5, -2.0] and found["truncated"]
+    for tokens in ((4, 7), (4,), (4, 9, 9)):
+        output.token_ids = tokens
+        with pytest.raises(RuntimeError, match="other tokens"):
+            as_response(output)
+    assert not as_response(ANSWER)["truncated"] and as_response(completion([5, 6], [0.0, -1.0]))
 
 
 def test_the_exported_model_in_a_new_engine(one):
-    """What train.py saved, loaded by vLLM from its folder: the log-probs of training; in bfloat16, rounding shows."""
+    """vLLM on what train.py saved: the log-probs of training; in bfloat16, rounding shows."""
     assert one["exported"]["gap"] < 1e-4 < 1e-3 < one["exported"]["gap, bfloat16"] < 0.3
 
 
 def test_stop_tokens_end_a_response(one):
-    """Besides eos (1), the token 9 was given: it is part of the response, which does not count as truncated."""
+    """Besides eos (1) the token 9: part of the response, which does not count as truncated."""
     ends = [r["response"][-1].item() for r in one["exported"]["stopping"]]
     assert ends.count(9) > 2
     for r, end in zip(one["exported"]["stopping"], ends):
-        assert not {1, 9} & set(r["response"][:-1].tolist()) and r["truncated"] == (
-            end not in (1, 9)
-        )
+        assert not {1, 9} & set(r["response"][:-1].tolist())
+        assert r["truncated"] == (end not in (1, 9))
 
 
 # ---- samples
@@ -170,53 +159,48 @@ def test_responses_end_as_they_say(one):
         assert r["response"].shape == r["logp_sampler"].shape == (len(tokens),)
         assert EOS not in tokens[:-1] and r["truncated"] == (tokens[-1] != EOS)
         assert len(tokens) == LENGTH if r["truncated"] else len(tokens) <= LENGTH
-    for prompt, r in zip(
-        PROMPTS, one["sampling"]["long"]
-    ):  # max_tokens beyond the engine's 48: cut by that
+    for prompt, r in zip(PROMPTS, one["sampling"]["long"]):  # cut by the engine's 48
         assert r["truncated"] == (r["response"][-1] != EOS)
         assert not r["truncated"] or len(prompt) + len(r["response"]) == 48
 
 
 def test_a_response_depends_on_its_own_seed_alone(one):
     seen = one["sampling"]
-    assert same(seen["whole"], seen["again"])
-    assert sorted(seen["parts"]) == list(range(12)) and same(
-        seen["whole"], [seen["parts"][i] for i in range(12)]
-    )
-    assert all(
-        not same([a], [b]) for a, b in zip(seen["whole"][:6], seen["whole"][6:])
-    )  # one prompt, two seeds
+    assert same(seen["whole"], seen["again"]) and sorted(seen["parts"]) == list(range(12))
+    assert same(seen["whole"], [seen["parts"][i] for i in range(12)])
+    for a, b in zip(seen["whole"][:6], seen["whole"][6:]):  # one prompt, two seeds
+        assert not same([a], [b])
 
 
 def test_number_of_ranks_does_not_matter(one, two):
     whole = one["untied"]["responses"]
-    for rank in two:
-        assert same(whole, rank[1]["responses"]) and same(whole, rank[2]["responses"], 1e-4)
-        for tp, tolerance in ((1, 0.0), (2, 1e-4)):
-            assert set(rank[tp]["few"]) == {0, 1, 3}
-            assert all(
-                same(responses, whole[:count], tolerance)
-                for count, responses in rank[tp]["few"].items()
-            )
+    for rank, (tp, tolerance) in itertools.product(two, ((1, 0.0), (2, 1e-4))):
+        assert same(whole, rank[tp]["responses"], tolerance)
+        assert set(rank[tp]["few"]) == {0, 1, 3}
+        for count, responses in rank[tp]["few"].items():
+            assert same(responses, whole[:count], tolerance)
 
 
-def test_greedy_is_the_argmax_of_every_step(one, folder):
+def load(one, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "untied", dtype=torch.float32)
     model.load_state_dict(one["weights"])
+    return model
+
+
+@torch.no_grad()
+def test_greedy_is_the_argmax_of_every_step(one, folder):
+    model = load(one, folder)
     for prompt, r in zip(PROMPTS, one["sampling"]["greedy"]):
         ids = torch.cat([torch.tensor(prompt), r["response"]])
-        with torch.no_grad():
-            best = model(input_ids=ids[None]).logits[0].argmax(-1)
+        best = model(input_ids=ids[None]).logits[0].argmax(-1)
         assert torch.equal(best[len(prompt) - 1 : -1], r["response"])
     assert same(one["sampling"]["greedy"], one["sampling"]["greedy again"])  # whatever the seeds
 
 
+@torch.no_grad()
 def test_samples_follow_the_policy_at_its_temperature(one, folder):
-    """Pearson's chi-square of 3,000 first tokens against the softmax, in standard deviations above its mean."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "untied", dtype=torch.float32)
-    model.load_state_dict(one["weights"])
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
+    """Pearson's chi-square of 3,000 first tokens, in standard deviations above its mean."""
+    logits = load(one, folder)(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
     first = Counter(one["sampling"]["first"])
     total = sum(first.values())
 
@@ -232,27 +216,20 @@ def test_samples_follow_the_policy_at_its_temperature(one, folder):
     assert abs(excess(0.7)) < 4 < 20 < excess(1.0)
 
 
-def test_the_trainer_s_generators_are_left_alone(one, two):
-    """Python's, numpy's and torch's states, LOCAL_WORLD_SIZE and the thread count around Engine() and generate()."""
+def test_the_trainer_s_surroundings_are_left_alone(one, two):
+    """Python's, numpy's and torch's generators, LOCAL_WORLD_SIZE and the thread count."""
     assert one["untouched by Engine"]
     assert one["untied"]["untouched by generate"] and one["tied"]["untouched by generate"]
-    for rank in two:
-        for tp in (1, 2):
-            assert rank[tp]["untouched by Engine"] and rank[tp]["untouched by generate"]
+    for rank, tp in itertools.product(two, (1, 2)):
+        assert rank[tp]["untouched by Engine"] and rank[tp]["untouched by generate"]
 
 
 # ---- seeds
 
 
 def test_request_seed_is_distinct_and_63_bit():
-    parts = [
-        *itertools.product(range(3), range(20), range(20), range(8)),
-        (1, 11),
-        (11, 1),
-        (1, 1, 1),
-        (111,),
-        ("a",),
-    ]
+    parts = list(itertools.product(range(3), range(20), range(20), range(8)))
+    parts += [(1, 11), (11, 1), (1, 1, 1), (111,), ("a",)]
     seeds = {request_seed(*part) for part in parts}
     assert len(seeds) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
     ones = sum(seed.bit_count() for seed in seeds) / len(seeds)
@@ -264,32 +241,210 @@ def test_request_seed_is_the_same_in_every_process(one, two):
     assert one["seed"] == two[0]["seed"] == two[1]["seed"] == request_seed(0, 1, "a", 3)
 
 
-def test_every_response_of_a_run_has_a_seed_of_its_own():
-    """train.generate over runs, versions, prompts and samples; groups stay together and carry their problem's tags."""
-    asked = []
-
-    def record(prompts, seeds, version, temperature, max_tokens):
-        asked.extend(seeds)
-        assert (temperature, max_tokens) == (0.7, 9)
-        return [{"response": torch.tensor([seed % 7])} for seed in seeds]
-
-    problems = [(index, {"prompt_ids": [index, 9], "answer": str(index)}) for index in (4, 5, 17)]
-    for seed, version in itertools.product((0, 1), (0, 1, 2)):
-        cfg = SimpleNamespace(seed=seed, group_size=4, temperature=0.7, max_response=9)
-        samples = generate(SimpleNamespace(generate=record), problems, version, cfg)
-        assert [s["prompt_index"] for s in samples] == [i for i in (4, 5, 17) for _ in range(4)]
-        for s in samples:
-            assert s["version"] == version and s["answer"] == str(s["prompt_index"])
-            assert s["prompt"].tolist() == [s["prompt_index"], 9]
-    assert len(set(asked)) == len(asked) == 2 * 3 * 3 * 4
+# ---- Colocated
 
 
-def test_log_probs_of_other_tokens_are_refused():
-    flat = SimpleNamespace(token_ids=[4, 7, 9], logprobs=[-0.5, -0.1, -2.0], start_indices=[0, 2])
-    output = SimpleNamespace(token_ids=(4, 9), logprobs=flat, finish_reason="length")
-    found = as_response(output)
-    assert found["logp_sampler"].tolist() == [-0.5, -2.0] and found["truncated"]
-    for tokens in ((4, 7), (4,), (4, 9, 9)):
-        output.token_ids = tokens
-        with pytest.raises(RuntimeError, match="not those of"):
-            as_response(output)
+def test_colocated_takes_weights_generates_and_sleeps(one, two):
+    for seen in (one["colocated"], *(rank[tp]["colocated"] for rank in two for tp in (1, 2))):
+        update, generate, sleep = seen["engine"]
+        assert update[:3] == ("update", 7, None) and "lm_head.weight" in update[3]
+        assert generate[0] == "generate" and generate[3:] == (7, 0.7, LENGTH)
+        assert generate[1] == [PROMPTS[i] for i in range(5) for _ in range(3)]
+        every = itertools.product(range(17, 22), range(3))
+        assert generate[2] == [request_seed(5, 7, index, i) for index, i in every]
+        assert sleep == ("sleep",) and seen["writer"] is None
+        # an evaluation: the weights of now, whatever is asked of the engine, sleep
+        assert [call[:2] for call in seen["evaluation"]] == [("update", 8), ("sleep",)]
+        assert seen["evaluated"] is True
+
+
+def test_colocated_gives_groups_of_judged_samples(one):
+    groups, tokenizer = one["colocated"]["groups"], make_tokenizer()
+    ((name, items),) = one["colocated"]["judge"]
+    judged = iter(items)
+    assert name == "submit" and [len(group) for group in groups] == [3] * 5
+    for i, group in enumerate(groups):
+        assert len({tuple(s.response.tolist()) for s in group}) > 1
+        for s in group:
+            assert (s.version, s.prompt_index, s.answer) == (7, 17 + i, str(i))
+            assert s.prompt.tolist() == PROMPTS[i] and s.prompt.dtype == torch.int64
+            assert s.logp_behavior is None and s.logp_base is None
+            if s.truncated:
+                assert (s.reward, s.reason) == (0.0, "truncated")
+                continue
+            text = tokenizer.decode(s.response, skip_special_tokens=True)
+            assert next(judged) == (text, str(i), "hash")
+            assert (s.reward, s.reason) == ((len(text) + i) % 2, None)
+    assert next(judged, None) is None  # what was cut is not even judged
+    flat = [s for group in groups for s in group]
+    assert {s.reward for s in flat} == {0.0, 1.0} and {s.truncated for s in flat} == {True, False}
+
+
+def alike(groups, others, tolerance=0.0):
+    """Groups of Samples that are equal, but for the engine's rounding."""
+    for a, b in zip(itertools.chain(*groups), itertools.chain(*others), strict=True):
+        for field in fields(Sample):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            if isinstance(x, torch.Tensor):
+                torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
+            else:
+                assert x == y and type(x) is type(y)
+    return [len(group) for group in groups] == [len(group) for group in others]
+
+
+def test_rollouts_are_the_same_on_every_rank_of_any_number(one, two):
+    for rank, (tp, tolerance) in itertools.product(two, ((1, 0.0), (2, 1e-4))):
+        assert alike(one["colocated"]["groups"], rank[tp]["colocated"]["groups"], tolerance)
+
+
+class Letters:
+    """A tokenizer whose ids are characters."""
+
+    chat_template, eos_token_id, added_tokens_decoder = None, EOS, {}
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(map(ord, text))}
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(map(chr, ids.tolist()))
+
+
+class Scripted:
+    """An engine that says these texts; one that ends in … is cut."""
+
+    def __init__(self, *texts):
+        self.texts, self.seeds, self.versions = texts, [], []
+
+    def update(self, version, tensors, names):
+        self.versions.append(version)
+
+    def generate(self, prompts, seeds, version, temperature, max_tokens):
+        assert version == self.versions[-1]
+        self.seeds += seeds
+        texts = itertools.islice(itertools.cycle(self.texts), len(prompts))
+        responses = [(torch.tensor(list(map(ord, text))), text[-1] == "…") for text in texts]
+        return [dict(response=r, logp_sampler=-r.float(), truncated=cut) for r, cut in responses]
+
+    def sleep(self):
+        pass
+
+
+POLICY = Has(full_tensors=lambda: iter(()), names=set())
+
+
+def scripted(monkeypatch, engine, judge, **changes):
+    monkeypatch.setattr(rollout, "deal_out", lambda items, ranks: items)
+    monkeypatch.setattr(rollout, "bring_home", lambda mine, count: mine)
+    me = Ranks(0, 1, 1, torch.device("cpu"))
+    return make_colocated(engine, judge, me, Letters(), style="boxed", **changes)
+
+
+def test_what_is_noted_of_a_response(monkeypatch):
+    texts = [r"Wait: \boxed{\frac12}.", r"\boxed{\dfrac{1}{2}}", "none", r"Wait, \boxed{7}…"]
+    found = [(1.0, None), (0.5, None), (0.0, "no_box")]
+    judge = Noted(Has(submit=lambda items: Has(result=lambda: found)))
+    engine = Scripted(*texts)
+    behaviour = scripted(monkeypatch, engine, judge, group_size=4, reward="mine:exact")
+    ((a, b, c, d),) = behaviour.rollouts(POLICY, 4, ASKED[:1])
+    # a reward of one's own in place of the style; the style says what was said
+    assert judge.calls == [("submit", [(text, "0", "mine:exact") for text in texts[:3]])]
+    assert [s.reward for s in (a, b, c, d)] == [1.0, 0.5, 0.0, 0.0]
+    assert [s.reason for s in (a, b, c, d)] == [None, None, "no_box", "truncated"]
+    assert a.said == b.said == canonical(r"\frac{1}{2}") and c.said is None
+    assert [s.reflects for s in (a, b, c, d)] == [True, False, False, True]
+
+
+def test_every_response_of_a_run_has_a_seed_of_its_own(monkeypatch):
+    """Over runs, steps, prompts and samples."""
+    everything = Has(submit=lambda items: Has(result=lambda: [(0.0, None)] * len(items)))
+    seeds = []
+    for seed in (0, 1):
+        engine = Scripted("a")
+        behaviour = scripted(monkeypatch, engine, everything, group_size=4)
+        behaviour.cfg.seed = seed
+        for step in (1, 2, 3):
+            behaviour.rollouts(POLICY, step, ASKED)
+        assert engine.versions == [0, 1, 2]
+        seeds += engine.seeds
+    assert len(set(seeds)) == len(seeds) == 2 * 3 * 5 * 4
+
+
+# ---- records
+
+
+def recorded(folder):
+    """Recorded without engine, judge, task or ranks."""
+    return Recorded(Has(replay=folder), None, None)
+
+
+def test_a_record_is_what_was_rolled_out(one, two, folder):
+    for seen, name in ((one, "run-1-1"), (two[0][1], "run-2-1"), (two[0][2], "run-2-2")):
+        behaviour = recorded(folder / name / "rollouts")
+        groups = behaviour.rollouts(None, 8, ASKED)
+        assert alike(groups, seen["colocated"]["groups"])
+        assert [p.name for p in behaviour.folder.iterdir()] == ["step_000008.pt"]
+    assert behaviour.writer(None) is None and behaviour.evaluate(None, 8, None) is None
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a record of step 3: two groups of two."""
+    groups = []
+    for index, problem in ASKED[:2]:
+        known = dict(version=2, prompt_index=index, answer=problem["answer"], truncated=False)
+        prompt, response = torch.tensor(problem["prompt_ids"]), torch.arange(3)
+        groups.append([Sample(prompt, response, torch.zeros(3), **known) for _ in range(2)])
+    record(tmp_path, 3, groups)
+    return tmp_path / "rollouts"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [ASKED[:1], ASKED[:3], ASKED[1::-1], [ASKED[0], (99, ASKED[1][1])], [(17, ASKED[1][1])] * 2],
+    ids=["fewer", "more", "another order", "another position", "another text"],
+)
+def test_a_record_of_other_prompts_is_refused(run, asked):
+    assert len(recorded(run).rollouts(None, 3, ASKED[:2])) == 2
+    with pytest.raises(ValueError, match="^--replay: .*step_000003.pt answers other prompts"):
+        recorded(run).rollouts(None, 3, asked)
+
+
+class Harm:
+    """Would be run by a careless reader."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit",)
+
+
+def spoil(path, how):
+    plain = torch.load(path, weights_only=True)
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif how == "text":
+        path.write_text("two\nlines")
+    elif how == "harm":
+        torch.save([[Harm()]], path)
+    elif how == "gone":
+        path.unlink()
+    else:
+        changed = {"shape": {"groups": plain}, "names": [[{"x": 1}]], "types": [[3]]}
+        torch.save(changed[how], path)
+
+
+@pytest.mark.parametrize("how", ["cut", "text", "harm", "gone", "shape", "names", "types"])
+def test_a_record_that_cannot_be_read_is_one_line(run, how):
+    spoil(run / "step_000003.pt", how)
+    with pytest.raises(ValueError) as raised:
+        recorded(run).rollouts(None, 3, ASKED[:2])
+    text = str(raised.value)
+    assert "--replay" in text and "step_000003.pt is no record" in text and "\n" not in text
+
+
+def test_check_record_names_the_first_step_that_is_missing(run):
+    with pytest.raises(ValueError, match="no step 1 of the 3 of --steps.*--dump_rollouts"):
+        check_record(Has(replay=run, steps=3))
+    for step in (1, 2):
+        record(run.parent, step, [])
+    check_record(Has(replay=run, steps=3))
+    with pytest.raises(ValueError, match="no step 4"):
+        check_record(Has(replay=run, steps=4))

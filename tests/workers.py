@@ -522,7 +522,7 @@ def verdicts(items):
 
 def make_colocated(engine, judge, me, tokenizer=None, **changes):
     """A Colocated whose engine is this one."""
-    cfg = config(**CHANGES | dict(max_response=LENGTH, seed=5, group_size=3, **changes))
+    cfg = config(**CHANGES | dict(max_response=LENGTH, seed=5, group_size=3) | changes)
     task = Has(folder="", tokenizer=tokenizer or make_tokenizer())
     with mock.patch("rollout.Engine", return_value=engine):
         return Colocated(cfg, task, judge, me)
