@@ -242,6 +242,7 @@ def _load_dataset(name, *source, **how):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return datasets.load_dataset(*source, **how)
     except Exception as error:  # pyarrow's and its own
@@ -278,8 +279,8 @@ def _unfit(folder, tp):
     from safetensors import safe_open
 
     config, tensors = _config(folder), {}
-    kind, layers = config["model_type"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
+    names = ("model_type", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    kind, layers, heads, _ = (config[name] for name in names)
     kv_heads = config.get("num_key_value_heads") or heads
     if kind not in MODEL_TYPES:
         return f"it is of type {kind}, this code trains {', '.join(MODEL_TYPES)}"
@@ -300,7 +301,7 @@ def _unfit(folder, tp):
     if config.get("tie_word_embeddings") and len(both) == 2:
         embedding, head = (safe_open(tensors[name], "pt").get_tensor(name) for name in both)
         if not torch.equal(embedding, head):  # sharding would keep one of the two
-            return "its weights hold two of head and embedding: set tie_word_embeddings to false"
+            return "its config.json has tie_word_embeddings, its weights hold two: set it to false"
 
 
 # -- problems -------------------------------------------------------------------------------------
