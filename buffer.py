@@ -87,11 +87,12 @@ class Batch(dict):
         rank without work still takes part in every collective (model.collate does likewise).
         """
         rows = range(len(self.samples)) if rows is None else rows
-        found = {name: torch.zeros(1, 1) for name in (*names, "mask")}
-        if rows:
-            lengths = [len(self.samples[i].response) for i in rows]
-            found["mask"] = pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
-        for name in names if rows else ():
+        if not rows:
+            one = self.padded(names, [0], device)
+            return {name: torch.zeros_like(column[:, :1]) for name, column in one.items()}
+        found, lengths = {}, [len(self.samples[i].response) for i in rows]
+        found["mask"] = pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
+        for name in names:
             column = self[name]
             entries = [column[i] for i in rows]
             if isinstance(entries[0], Tensor):

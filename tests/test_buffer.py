@@ -327,9 +327,10 @@ def test_columns_are_padded_by_name():
 
 def test_no_row_is_one_masked_position_of_every_column():
     found = make_batch().padded(("logp_sampler", "reward", "is_fresh"), [])
-    assert found["mask"].tolist() == [[False]] and found["logp_sampler"].tolist() == [[0.0]]
     assert set(found) == {"logp_sampler", "reward", "is_fresh", "mask"}
-    assert not (found["mask"] & found["is_fresh"].bool()).any()
+    assert all(column.tolist() == [[0]] for column in found.values())
+    assert found["mask"].dtype == found["is_fresh"].dtype == torch.bool
+    assert found["logp_sampler"].dtype == found["reward"].dtype == torch.float32
 
 
 def test_the_gap_is_of_the_fresh_tokens():

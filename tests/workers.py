@@ -1,4 +1,4 @@
-"""Programs that the tests run under torchrun: each does things and saves what it saw; the tests judge it.
+"""Programs that tests run under torchrun: each does things and saves what it saw, tests judge it.
 
 torchrun … tests/workers.py NAME FOLDER   # -> FOLDER/NAME-WORLD-RANK.pt, a dict
 """
@@ -10,24 +10,73 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace as Has
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+import methods
 import train
-from infra import checkpoint
-from infra.config import parse
+from buffer import Sample
+from infra import checkpoint, ranks
 from infra.metrics import Meter
-from infra.ranks import start
 from infra.toy import make_tokenizer
 from model import Critic, Learner, Policy, collate
-from rollout import Engine, request_seed
+from rollout import Colocated, Engine, request_seed
 
-LAM, VERSION = 0.7, 3  # of every update() here: samples of version 3 are fresh
 VOCAB = 67  # rows that two ranks cannot share equally
+# of every update() here: samples of version 9 are fresh, λ is 0.7, the rates are halved by warm-up
+STEP, LAM, SCALE = 10, 0.7, 0.5
+SETTINGS = dict(
+    dtype="float32",
+    mismatch="none",
+    temperature=0.7,
+    micro_tokens=12,
+    lr=1e-2,
+    critic_lr=3e-2,
+    warmup=STEP / SCALE,
+    weight_decay=0.1,
+    adam_beta2=0.95,
+    grad_clip=0.05,
+    beta=0.1,
+    lambda_start=0,
+    lambda_every=1,
+    lambda_floor=LAM,
+    entropy=0.02,
+    max_response=9,
+    clip_low=0.2,
+    clip_high=0.3,
+)
+# What one train.update does: name -> (model, samples used, settings)
+GROUP = dict(advantage="group", beta=0.0)  # no critic, no base, no precedent
+UPDATES = {
+    "ppo": ("tied", 7, {}),
+    "ppo, one micro-batch": ("tied", 7, dict(micro_tokens=10_000)),
+    "grpo": ("untied", 7, GROUP | dict(aggregate="sequence")),
+    "constant": (
+        "untied",
+        7,
+        dict(
+            advantage="group",
+            lambda_floor=1.0,  # no precedent
+            aggregate="constant",
+            grad_clip=100.0,
+            activation_checkpointing=True,
+        ),
+    ),
+    "decoupled": (
+        "untied",
+        7,
+        GROUP
+        | dict(objective="ppo", correct="truncated", correct_high=1.2, mismatch="truncated")
+        | dict(mismatch_high=1.1),
+    ),
+    "in host memory, HSDP": ("tied", 7, dict(offload_optimizer=True, hsdp=True)),
+    "one sample": ("tied", 1, {}),  # a second rank has nothing to do
+}
+ROWS = [4, 0, 6, 2, 5, 1, 3]  # of the batch, as a shuffled minibatch has them
 
 
 def tiny_model(folder, tied):
@@ -35,49 +84,27 @@ def tiny_model(folder, tied):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(int(tied))
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            initializer_range=0.15,
-            tie_word_embeddings=tied,
-            eos_token_id=1,
-            pad_token_id=0,
-            bos_token_id=None,
-        )
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
     )
-    model.save_pretrained(folder)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
 
 def config(**changes):
-    cfg = parse([])
-    values = dict(
-        dtype="float32",
-        rollout_dtype="float32",
-        temperature=0.7,
-        chunk_tokens=5,
-        micro_tokens=12,
-        lr=1e-2,
-        critic_lr=3e-2,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        grad_clip=0.05,
-        beta=0.1,
-        entropy=0.02,
-        aggregate="token",
-        max_response=9,
-        kl_estimator="k3",
-        value_clip=0.5,
-        clip_low=0.2,
-        clip_high=0.3,
-    )
-    for name, value in (values | changes).items():
+    cfg = methods.parse(["--out", "nowhere"])
+    for name, value in (SETTINGS | changes).items():
         assert hasattr(cfg, name), name
         setattr(cfg, name, value)
     return cfg
@@ -95,58 +122,36 @@ def weights(policy):
     return {name: tensor.clone() for name, tensor in policy.full_tensors()}
 
 
-def local(learner):
-    return [p.to_local().detach().clone() for p in learner.module.parameters()]
+def local(tensors):
+    return [t.to_local().detach().clone() for t in tensors]
 
 
-def build(folder, model, cfg, ranks, critic=False):
-    policy = Policy(
-        folder / model, cfg.temperature, cfg.chunk_tokens, empty=not ranks.first
-    )  # as train.py does
-    learners = {"policy": Learner(policy, cfg.lr, cfg, ranks)}
+def build(folder, model, cfg, me, critic=False):
+    """The learners, as train.py makes them."""
+    Policy.chunk_tokens = 5
+    policy = Policy(folder / model, cfg.temperature, empty=not me.first)
+    learners = {"policy": Learner(policy, cfg.lr, cfg, me)}
     if critic:
-        module = Critic(folder / model, empty=not ranks.first)
-        if ranks.first:  # who has the weights
-            module.value.weight.data.copy_(
-                value_weight(module.value.in_features)
-            )  # at 0 the backbone has no gradient
-        learners["critic"] = Learner(module, cfg.critic_lr, cfg, ranks)
+        module = Critic(folder / model, empty=not me.first)
+        if me.first:  # at 0 the backbone has no gradient
+            module.value.weight.data.copy_(value_weight(module.value.in_features))
+        learners["critic"] = Learner(module, cfg.critic_lr, cfg, me)
     return learners
 
 
-def state_of(learners, snapshots=()):
-    """Everything that a checkpoint must bring back, unsharded, read past the code under test."""
-    state = {}
-    for name, learner in learners.items():
-        state[name] = full(learner.module.named_parameters())
-        for key, p in learner.module.named_parameters():
-            for moment, value in learner.optimizer.state[p].items():
-                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-                state[name][f"{key}/{moment}"] = whole.clone()
-        state[name]["lr"] = torch.tensor([group["lr"] for group in learner.optimizer.param_groups])
-    for name, snapshot in dict(snapshots).items():
-        state[name] = full(zip(map(str, range(len(snapshot))), snapshot))
-    return state
+def update(learners, batch, cfg, rows=ROWS):
+    """(norms, means) of one train.update."""
+    method, meter = methods.Method(cfg), Meter()
+    norms = train.update(learners, batch, rows, method, method.plan(STEP), meter)
+    return norms, meter.gathered()[0]
 
 
-# What one train.update does: name -> (model, critic, samples used, config)
-UPDATES = {
-    "ppo": ("tied", True, 7, {}),
-    "ppo, one micro-batch": ("tied", True, 7, dict(micro_tokens=10_000)),
-    "grpo": ("untied", False, 7, dict(aggregate="sequence", beta=0.0)),
-    "constant": (
-        "untied",
-        False,
-        7,
-        dict(aggregate="constant", grad_clip=100.0, activation_checkpointing=True),
-    ),
-    "in host memory, HSDP": ("tied", True, 7, dict(offload_optimizer=True, hsdp=True)),
-    "one sample": ("tied", True, 1, {}),  # a second rank has nothing to do
-}
+def load_batch(folder, model):
+    return torch.load(folder / f"batch-{model}.pt", weights_only=False)
 
 
 def watch(learner):
-    """A dict that the learner's next step() fills: gradients, their norm, parameters before and after."""
+    """A dict that the learner's next step() fills: gradients, norm, parameters before and after."""
     found, named, original = {}, list(learner.module.named_parameters()), learner.step
 
     def step(scale):
@@ -158,94 +163,81 @@ def watch(learner):
     return found
 
 
-def updates(folder, ranks):
+def updates(folder, me):
     """Gradients and parameters of one train.update in each of UPDATES."""
     seen = {}
-    for case, (model, critic, count, changes) in UPDATES.items():
-        cfg, meter, found = config(**changes), Meter(), {}
-        found["nodes"] = (
-            2 if cfg.hsdp and ranks.world == 2 else 1
-        )  # HSDP: as if each rank were on a node of its own
-        learners = build(
-            folder,
-            model,
-            cfg,
-            dataclasses.replace(ranks, local_world=ranks.world // found["nodes"]),
-            critic,
-        )
-        used = torch.load(folder / f"samples-{model}.pt")[:count]
-        if cfg.beta == 0:
-            used = [
-                {key: value for key, value in s.items() if key not in ("logp_base", "logp_prev")}
-                for s in used
-            ]
+    for case, (model, count, changes) in UPDATES.items():
+        cfg, found = config(**changes), {}
+        # HSDP: as if each rank were on a node of its own
+        found["nodes"] = 2 if cfg.hsdp and me.world == 2 else 1
+        where = dataclasses.replace(me, local_world=me.world // found["nodes"])
+        learners = build(folder, model, cfg, where, critic=cfg.advantage == "gae")
+        batch, rows = load_batch(folder, model), ROWS[:count]
         for name, learner in learners.items():
             found[name] = watch(learner)
-        train.update(learners, used, LAM, VERSION, 0.5, meter, cfg)
-        found["means"] = meter.gathered()[0]
+        _, found["means"] = update(learners, batch, cfg, rows)
         root = learners["policy"].module
-        found["layout"] = (
-            str(next(root.parameters()).placements),
-            type(root._get_fsdp_state()._fsdp_param_group.offload_policy).__name__,
-        )
-        found["micro_batches"] = learners["policy"].my_micro_batches(used)
+        offload = root._get_fsdp_state()._fsdp_param_group.offload_policy
+        found["layout"] = str(next(root.parameters()).placements), type(offload).__name__
+        found["micro_batches"] = learners["policy"].micro_batches([batch.samples[i] for i in rows])
         seen[case] = found
     return seen
 
 
-def broken_update(folder, ranks):
-    """State and norms after updates of which some are not finite, in one sample, which one rank has: its gradient, its loss alone, its returns."""
-    usual, (gradient, loss, returns) = (
-        torch.load(folder / "samples-tied.pt"),
-        ([dict(s) for s in torch.load(folder / "samples-tied.pt")] for _ in range(3)),
-    )
-    gradient[2]["advantages"] = gradient[2]["advantages"] * float("inf")
-    loss[2]["logp_base"] = torch.full_like(
-        loss[2]["logp_base"], -float("inf")
-    )  # k3 = inf, its slope 1
-    returns[2]["returns"] = returns[2]["returns"] * float("nan")  # the critic's alone
-    cfg, seen = config(micro_tokens=10_000), {}
+def state_of(learner):
+    """Parameters and the optimiser's state, unsharded, read past the code under test."""
+    state = full(learner.module.named_parameters())
+    for name, p in learner.module.named_parameters():
+        for moment, value in learner.optimizer.state.get(p, {}).items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            state[f"{name}/{moment}"] = whole.clone()
+    return state
+
+
+def broken_update(folder, me):
+    """State and norms after updates of which some are not finite, in one sample, which one rank
+    has: its gradient, its loss alone (k3 is inf, its slope 1), its returns."""
+
+    def batch(column=None, factor=1.0):
+        found = load_batch(folder, "tied")
+        if column:
+            found[column][2] = found[column][2].abs() * factor
+        return found
+
+    inf, cfg, seen = float("inf"), config(micro_tokens=10_000), {}
+    gradient, loss = batch("advantages", inf), batch("logp_base", -inf)
     for case, batches in {
-        "usual": [usual, usual],
-        "broken": [gradient, usual, loss, gradient, usual],
-        "critic": [usual, returns],
+        "usual": [batch(), batch()],
+        "broken": [gradient, batch(), loss, gradient, batch()],
+        "critic": [batch(), batch("returns", float("nan"))],
     }.items():
-        learners, seen[case] = build(folder, "tied", cfg, ranks, critic=True), []
-        for batch in batches:
-            meter = Meter()
-            norms = train.update(learners, batch, LAM, VERSION, 1.0, meter, cfg)
-            states = {
-                name: state_of({name: learner})[name]
-                if learner.optimizer.state
-                else full(learner.module.named_parameters())
-                for name, learner in learners.items()
-            }
-            seen[case].append((states, norms, meter.gathered()[0]))
+        learners, seen[case] = build(folder, "tied", cfg, me, critic=True), []
+        for each in batches:
+            norms, means = update(learners, each, cfg)
+            states = {name: state_of(learner) for name, learner in learners.items()}
+            seen[case].append((states, norms, means))
     return seen
 
 
-def snapshots(folder, ranks):
+def snapshots(folder, me):
     """Log-probs under the policy, its base and its precedent, with a forward before every swap."""
     seen, cfg = {}, config(micro_tokens=20)
     for model in ("tied", "untied"):
-        samples = torch.load(folder / f"samples-{model}.pt")
-        learners = build(folder, model, cfg, ranks)
+        batch = load_batch(folder, model)
+        samples = batch.samples
+        learners = build(folder, model, cfg, me)
         policy, found = learners["policy"], {}
         held = {"base": policy.snapshot()}
         found["base_weights"] = weights(policy)
-        train.update(learners, samples, LAM, VERSION, 1.0, Meter(), cfg)
+        update(learners, batch, cfg)
         held["prev"] = policy.snapshot()
         found["prev_weights"] = weights(policy)
-        train.update(learners, samples, LAM, VERSION, 1.0, Meter(), cfg)
+        update(learners, batch, cfg)
         found["now_weights"] = weights(policy)
         found["names"] = policy.names
-        found["shards"] = {
-            name: p.to_local().clone() for name, p in policy.module.lm.named_parameters()
-        }
-        frozen, shards = (
-            {name: [t.to_local().clone() for t in s] for name, s in held.items()},
-            local(policy),
-        )
+        shards = policy.module.lm.named_parameters()
+        found["shards"] = {name: p.to_local().clone() for name, p in shards}
+        frozen, shards = map(local, (held["base"] + held["prev"], policy.module.parameters()))
         found["now"] = policy.predict(samples)
         for name, snapshot in held.items():
             policy.predict(samples)
@@ -261,49 +253,34 @@ def snapshots(folder, ranks):
                 raise KeyError("inside")
         except KeyError:
             pass
-        found["shards_kept"] = all(map(torch.equal, shards, local(policy)))
-        found["frozen_kept"] = all(
-            torch.equal(a, b.to_local()) for n in held for a, b in zip(frozen[n], held[n])
-        )
+        found["shards_kept"] = all(map(torch.equal, shards, local(policy.module.parameters())))
+        found["frozen_kept"] = all(map(torch.equal, frozen, local(held["base"] + held["prev"])))
         found["nothing"] = policy.predict([])
         for _ in range(2):  # the second over the first
-            checkpoint.export(
-                folder / f"exported-{model}-{ranks.world}",
-                folder / model,
-                policy,
-                make_tokenizer(),
-                cfg,
-                ranks,
-            )
+            export(folder, model, policy, f"exported-{model}-{me.world}", me)
         seen[model] = found
     return seen
 
 
-def exported_in_bfloat16(folder, ranks):
-    """The policy computing in bfloat16 after an update, its log-probs, and the model that it was saved as."""
-    samples, cfg = (
-        torch.load(folder / "samples-tied.pt"),
-        config(dtype="bfloat16", micro_tokens=10_000),
-    )
-    learners = build(folder, "tied", cfg, ranks)
-    train.update(learners, samples, LAM, VERSION, 1.0, Meter(), cfg)
-    checkpoint.export(
-        folder / f"exported-bfloat16-{ranks.world}",
-        folder / "tied",
-        learners["policy"],
-        make_tokenizer(),
-        cfg,
-        ranks,
-    )
-    masters = full(learners["policy"].module.lm.named_parameters())
-    return dict(logp=learners["policy"].predict(samples), masters=masters)
+def export(folder, model, policy, name, me):
+    source = folder / model
+    checkpoint.export(folder / name, source, policy, make_tokenizer(), policy.cfg, me)
 
 
-def learner(folder, ranks):
-    return {
-        job.__name__: job(folder, ranks)
-        for job in (updates, broken_update, snapshots, exported_in_bfloat16)
-    }
+def exported_in_bfloat16(folder, me):
+    """A policy that computes in bfloat16, after an update: its log-probs and its masters."""
+    cfg, batch = config(dtype="bfloat16", micro_tokens=10_000), load_batch(folder, "tied")
+    learners = build(folder, "tied", cfg, me)
+    update(learners, batch, cfg)
+    policy = learners["policy"]
+    export(folder, "tied", policy, f"exported-bfloat16-{me.world}", me)
+    masters = full(policy.module.lm.named_parameters())
+    return dict(logp=policy.predict(batch.samples), masters=masters)
+
+
+def learner(folder, me):
+    jobs = updates, broken_update, snapshots, exported_in_bfloat16
+    return {job.__name__: job(folder, me) for job in jobs}
 
 
 # The real vLLM engine
@@ -312,13 +289,12 @@ def learner(folder, ranks):
 PROMPTS = [[5, 9, 12], [2], [40, 3, 3, 8, 66], [7, 7], [30, 31, 32], [9, 4, 2, 6, 8, 10]] * 2
 SEEDS = [request_seed(0, "test", i) for i in range(len(PROMPTS))]
 LENGTH = 24  # longest response (tokens)
-CHANGES = dict(temperature=0.7, lr=1e-3, tp=1)
+CHANGES = dict(temperature=0.7, lr=1e-3, warmup=0, tp=1)
 
 
 def ask(engine, chosen, version=0, temperature=0.7, length=LENGTH):
-    return engine.generate(
-        [PROMPTS[i] for i in chosen], [SEEDS[i] for i in chosen], version, temperature, length
-    )
+    prompts, seeds = zip(*((PROMPTS[i], SEEDS[i]) for i in chosen)) if chosen else ([], [])
+    return engine.generate(list(prompts), list(seeds), version, temperature, length)
 
 
 def refused(job):
@@ -329,58 +305,54 @@ def refused(job):
         return str(error)
 
 
+def as_samples(responses, chosen):
+    prompts = [torch.tensor(PROMPTS[i]) for i in chosen]
+    known = dict(version=0, prompt_index=0, answer="")
+    return [Sample(prompt=prompt, **known, **r) for prompt, r in zip(prompts, responses)]
+
+
 def gap(policy, responses, chosen):
     """Largest |trainer - sampler| of the log-probs."""
-    trainer = policy.predict(
-        [dict(r, prompt=torch.tensor(PROMPTS[i])) for i, r in zip(chosen, responses)]
-    )
+    trainer = policy.predict(as_samples(responses, chosen))
     return max((a - r["logp_sampler"]).abs().max().item() for a, r in zip(trainer, responses))
 
 
-def generators():
+def surroundings():
+    """What the trainer has and an engine must leave alone."""
     _, keys, position, *_ = np.random.get_state()
-    return random.getstate(), keys.tolist(), position, torch.get_rng_state().tolist()
+    generators = random.getstate(), keys.tolist(), position, torch.get_rng_state().tolist()
+    return generators, os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads()
 
 
-def make_engine(folder, model, tp, ranks):
-    """An engine that has the policy's weights as version 0, the policy, and what happened on the way."""
+def make_engine(folder, model, tp, me):
+    """An engine that has the policy's weights as version 0, the policy, and what happened."""
     cfg, seen = config(**CHANGES | dict(tp=tp)), {}
-    before = generators(), os.environ["LOCAL_WORLD_SIZE"], torch.get_num_threads()
-    sleep, seen["put to sleep"] = Engine.sleep, 0
-
-    def counted(engine):
-        seen["put to sleep"] += 1
-        sleep(engine)
-
-    Engine.sleep = counted
-    engine = Engine(str(folder / model), 48, cfg, ranks)
-    Engine.sleep = sleep
-    seen["untouched by Engine"] = before == (
-        generators(),
-        os.environ["LOCAL_WORLD_SIZE"],
-        torch.get_num_threads(),
-    )
+    before = surroundings()
+    with mock.patch.object(Engine, "sleep", autospec=True, side_effect=Engine.sleep) as sleep:
+        engine = Engine(str(folder / model), 48, cfg, me)
+    seen["put to sleep"] = sleep.call_count
+    seen["untouched by Engine"] = before == surroundings()
     seen["before the first update"] = refused(lambda: ask(engine, [0]))
-    policy = build(folder, model, cfg, ranks)["policy"]
+    policy = build(folder, model, cfg, me)["policy"]
     engine.update(0, policy.full_tensors(), policy.names)
     return engine, policy, seen
 
 
 def learn(policy, responses, chosen):
     """One optimiser step on the responses."""
-    samples = [dict(r, prompt=torch.tensor(PROMPTS[i])) for i, r in zip(chosen, responses)]
-    for indices in policy.my_micro_batches(samples):
-        logp, _ = policy.module(**collate([samples[i] for i in indices], policy.ranks.device)[0])
-        policy.backward(logp.sum() / 100)
+    samples = as_samples(responses, chosen)
+    for indices in policy.micro_batches(samples):
+        inputs = collate([samples[i] for i in indices], policy.ranks.device)
+        policy.backward(policy.module(**inputs)["logp"].sum() / 100)
     policy.step(1.0)
 
 
 def weights_arrive(engine, policy):
     """Gaps before and after a training step, before and after the update that follows it."""
     every, seen = range(len(PROMPTS)), {}
-    before = generators()
+    before = surroundings()
     seen["responses"] = ask(engine, every)
-    seen["untouched by generate"] = before == generators()
+    seen["untouched by generate"] = before == surroundings()
     seen["gap"] = gap(policy, seen["responses"], every)
     learn(policy, seen["responses"], every)
     seen["gap, stale"] = gap(policy, ask(engine, every), every)
@@ -394,7 +366,7 @@ def alarms(engine, policy):
     """What must raise; at the end the engine is right again, at version 3."""
 
     def tensors(drop=None, add=None):
-        found = [(name, tensor.clone()) for name, tensor in policy.full_tensors() if name != drop]
+        found = [(name, tensor) for name, tensor in weights(policy).items() if name != drop]
         return found + ([(add, torch.zeros(1))] if add else [])
 
     seen = {"wrong version": refused(lambda: ask(engine, [0], version=0))}
@@ -405,44 +377,38 @@ def alarms(engine, policy):
         ("unknown", tensors(add="model.extra.weight"), policy.names),
         ("unexpected", tensors(), policy.names - {norm}),
     ):
-        seen[name] = refused(lambda: engine.update(2, iter(found), expected))
-        seen[name + ", then"] = [
-            refused(lambda: ask(engine, [0], version=version)) for version in (1, 2)
-        ]
+        after = [lambda v=version: ask(engine, [0], version=v) for version in (1, 2)]
+        update = [lambda f=found, e=expected: engine.update(2, iter(f), e)]
+        seen[name] = [refused(job) for job in update + after]
     engine.update(3, policy.full_tensors(), policy.names)
     seen["gap"] = gap(policy, ask(engine, range(4), version=3), range(4))
     return seen
 
 
 def completion(tokens, logp):
-    flat = Has(
-        token_ids=[*tokens, 7], logprobs=[*logp, -0.1], start_indices=list(range(len(tokens)))
-    )
+    starts, logp = list(range(len(tokens))), [*logp, -0.1]
+    flat = Has(token_ids=[*tokens, 7], logprobs=logp, start_indices=starts)
     return Has(token_ids=tuple(tokens), logprobs=flat, finish_reason="stop")
 
 
 ANSWER = completion([4], [-0.5])
+# What a broken engine may answer to two requests.
 BROKEN_ANSWERS = {
-    "fewer": lambda requests: [ANSWER] * (len(requests) - 1),
-    "none": lambda requests: [],
-    "empty": lambda requests: [ANSWER, completion([], [])],
-    "NaN": lambda requests: [ANSWER, completion([4, 5], [-0.5, float("nan")])],
-    "null": lambda requests: [ANSWER, completion([4, 5], [None, -0.5])],
-    "infinite": lambda requests: [completion([4], [-float("inf")]), ANSWER],
-    "absent": lambda requests: [ANSWER, Has(token_ids=(4,), logprobs=None, finish_reason="stop")],
+    "fewer": [ANSWER],
+    "none": [],
+    "empty": [ANSWER, completion([], [])],
+    "NaN": [ANSWER, completion([4, 5], [-0.5, float("nan")])],
+    "null": [ANSWER, completion([4, 5], [None, -0.5])],
+    "infinite": [completion([4], [-float("inf")]), ANSWER],
+    "absent": [ANSWER, Has(token_ids=(4,), logprobs=None, finish_reason="stop")],
 }
 
 
 class RecordingLLM:
-    """vLLM's interface as the engine uses it: notes the calls, answers each request with one token."""
+    """vLLM's interface as the engine uses it: notes the calls, answers each request."""
 
     def __init__(self, take=None, clean=True, answers=None):
-        self.calls, self.take, self.clean, self.answers = (
-            [],
-            take,
-            clean,
-            answers or (lambda requests: [ANSWER] * len(requests)),
-        )
+        self.calls, self.take, self.clean, self.answers = [], take, clean, answers
 
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
@@ -455,110 +421,147 @@ class RecordingLLM:
         return self.clean
 
     def collective_rpc(self, method, kwargs):
-        self.calls.append(
-            f"{method} {[name for name, _ in itertools.islice(kwargs['weights_iterator'], self.take)]}"
-        )
+        taken = itertools.islice(kwargs["weights_iterator"], self.take)
+        self.calls.append(f"{method} {[name for name, _ in taken]}")
 
     def generate(self, requests, parameters, use_tqdm):
         self.calls.append("generate")
-        return [Has(outputs=[answer]) for answer in self.answers(requests)]
+        answers = [ANSWER] * len(requests) if self.answers is None else self.answers
+        return [Has(outputs=[answer]) for answer in answers]
 
 
 def sleeping(engine):
     """Order of calls around a sleep, as on a GPU."""
-    real, seen, pairs = (
-        (engine.llm, engine.sleeps),
-        {},
-        [("a", torch.zeros(1)), ("b", torch.zeros(1))],
-    )
-    memory, real_memory = itertools.count(1 << 30, 1 << 21), torch.cuda.mem_get_info
-    torch.cuda.mem_get_info = lambda: (next(memory), 80 << 30)  # more is free each time
-    engine.llm, engine.sleeps = RecordingLLM(), True
-    engine.sleep()  # what its constructor does where a trainer follows
-    for version in (4, 5):
-        engine.update(version, iter(pairs), {"a", "b"})
-        seen["responses"] = ask(engine, [0, 1], version=version)
-        engine.sleep()
-    seen["asleep"] = [
-        refused(lambda: ask(engine, [0], version=version)) for version in (4, 5, None)
-    ]
-    engine.update(5, iter(pairs), {"a", "b"})  # the version is the same, the weights were dropped
-    ask(engine, [0], version=5)
-    seen["calls"] = list(engine.llm.calls)
-    torch.cuda.mem_get_info = lambda: (1 << 30, 80 << 30)
-    seen["nothing freed"] = refused(engine.sleep)
-    torch.cuda.mem_get_info = real_memory
+    real, seen = (engine.llm, engine.sleeps), {}
+    pairs = [("a", torch.zeros(1)), ("b", torch.zeros(1))]
+
+    def update(version, expected=("a", "b")):
+        engine.update(version, iter(pairs), set(expected))
+
+    more_each_time = ((free << 21, 80 << 30) for free in itertools.count(1))
+    with mock.patch.object(torch.cuda, "mem_get_info", lambda: next(more_each_time)):
+        engine.llm, engine.sleeps = RecordingLLM(), True
+        engine.sleep()  # what its constructor does where a trainer follows
+        for version in (4, 5):
+            update(version)
+            seen["responses"] = ask(engine, [0, 1], version=version)
+            engine.sleep()
+        seen["asleep"] = [refused(lambda v=v: ask(engine, [0], version=v)) for v in (4, 5, None)]
+        update(5)  # the version is the same, the weights were dropped
+        ask(engine, [0], version=5)
+        seen["calls"] = list(engine.llm.calls)
+    with mock.patch.object(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30)):
+        seen["nothing freed"] = refused(engine.sleep)
     engine.llm = RecordingLLM(clean=False)
-    seen["old blocks"] = (
-        refused(lambda: engine.update(6, iter(pairs), {"a", "b"})),
-        refused(lambda: ask(engine, [0], version=6)),
-    )
+    seen["old blocks"] = [refused(lambda: update(6)), refused(lambda: ask(engine, [0], version=6))]
     for version, (name, answers) in enumerate(BROKEN_ANSWERS.items(), 100):
         engine.llm = RecordingLLM(answers=answers)
-        engine.update(version, iter(pairs), {"a", "b"})
-        seen[name] = refused(lambda: ask(engine, [0, 1], version=version))
+        update(version)
+        seen[name] = None
+        try:
+            ask(engine, [0, 1], version=version)
+        except (RuntimeError, ValueError) as error:
+            seen[name] = f"{type(error).__name__}: {error}"
     engine.llm = RecordingLLM(take=1)
-    seen["not consumed"] = refused(lambda: engine.update(6, iter(pairs), {"a"}))
+    seen["not consumed"] = refused(lambda: update(6, "a"))
     engine.llm, engine.sleeps = real
     return seen
 
 
 def sampling(engine):
-    """Version 3: orders and compositions of the batch, greedy, a long request with its progress bar, first tokens."""
+    """Version 3: orders and compositions of the batch, greedy, a long request, first tokens."""
     seen = {"whole": ask(engine, range(12), 3), "again": ask(engine, range(12), 3)}
     parts = [7, 2, 11], [4], [0, 1, 10, 9], [8, 3, 6, 5]
     seen["parts"] = {i: r for part in parts for i, r in zip(part, ask(engine, part, 3))}
     seen["greedy"] = ask(engine, range(6), 3, temperature=0.0)
     seen["greedy again"] = engine.generate(PROMPTS[:6], list(range(6)), 3, 0.0, LENGTH)
     seen["long"] = ask(engine, range(6), 3, length=60_000)
-    many = 3000
-    first = engine.generate(
-        [PROMPTS[0]] * many, [request_seed(1, i) for i in range(many)], 3, 0.7, 1
-    )
+    seeds = [request_seed(1, i) for i in range(3000)]
+    first = engine.generate([PROMPTS[0]] * len(seeds), seeds, 3, 0.7, 1)
     seen["first"] = [r["response"].item() for r in first]
     return seen
 
 
-def engine_one(folder, ranks):
-    """One rank: everything that needs no second one."""
-    engine, policy, seen = make_engine(folder, "untied", 1, ranks)
-    seen["untied"], seen["alarms"] = weights_arrive(engine, policy), alarms(engine, policy)
-    seen["sampling"], seen["weights"] = sampling(engine), weights(policy)
-    seen["sleeping"], seen["seed"] = sleeping(engine), request_seed(0, 1, "a", 3)
-    engine, policy, _ = make_engine(folder, "tied", 1, ranks)
-    seen["tied"] = weights_arrive(engine, policy)
-    seen["exported"] = exported(folder, policy, ranks)
-    return seen
-
-
-def exported(folder, policy, ranks):
-    """Gap between the trained policy and a new vLLM engine on the model that it was saved as; then one in bfloat16."""
-    checkpoint.export(
-        folder / "exported", folder / "tied", policy, make_tokenizer(), policy.cfg, ranks
-    )
-    cfg, seen = config(**CHANGES), {}
-    engine = Engine(str(folder / "exported"), 48, cfg, ranks, version=0)
+def exported(folder, policy, me):
+    """Gap between the trained policy and vLLM on the model it was saved as; then in bfloat16."""
+    export(folder, "tied", policy, "exported", me)
+    cfg, model, seen = config(**CHANGES), str(folder / "exported"), {}
+    engine = Engine(model, 48, cfg, me, version=0)
     seen["gap"] = gap(policy, ask(engine, range(12)), range(12))
-    rough = Engine(
-        str(folder / "exported"),
-        48,
-        config(**CHANGES | dict(rollout_dtype="bfloat16")),
-        ranks,
-        version=0,
-    )
+    rough = Engine(model, 48, config(**CHANGES | dict(dtype="bfloat16")), me, version=0)
     seen["gap, bfloat16"] = gap(policy, ask(rough, range(12)), range(12))
-    stopping = Engine(str(folder / "exported"), 48, cfg, ranks, version=0, stop=[9])
+    stopping = Engine(model, 48, cfg, me, version=0, stop=[9])
     seen["stopping"] = ask(stopping, range(12))
     return seen
 
 
-def engine_two(folder, ranks):
-    """Two ranks as two engines, then as one (tensor-parallel): the same requests, and fewer than there are engines."""
+# The behaviour around it: positions in the stream of prompts, and their problems
+ASKED = [(17 + i, dict(prompt_ids=PROMPTS[i], answer=str(i))) for i in range(5)]
+
+
+class Noted:
+    """Passes all on to an object, and notes the calls."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, []
+
+    def __getattr__(self, name):
+        def call(*args):
+            values = [None if hasattr(value, "send") else value for value in args]
+            self.calls.append((name, *values))
+            return getattr(self.inner, name)(*args)
+
+        return call
+
+
+def verdicts(items):
+    """A judge's answer, by text and answer alone."""
+    found = [(float((len(text) + int(answer)) % 2), None) for text, answer, _ in items]
+    return Has(result=lambda: found)
+
+
+def make_colocated(engine, judge, me, tokenizer=None, **changes):
+    """A Colocated whose engine is this one."""
+    cfg = config(**CHANGES | dict(max_response=LENGTH, seed=5, group_size=3, **changes))
+    task = Has(folder="", tokenizer=tokenizer or make_tokenizer())
+    with mock.patch("rollout.Engine", return_value=engine):
+        return Colocated(cfg, task, judge, me)
+
+
+def colocated(folder, engine, policy, me, **how):
+    """The rollouts of step 8, an evaluation of version 8, and what engine and judge were asked."""
+    judge, noted = Noted(Has(submit=verdicts)), Noted(engine)
+    how |= dict(style="hash", dump_rollouts=True, out=folder / f"run-{me.world}-{engine.tp}")
+    behaviour = make_colocated(noted, judge, me, **how)
+    groups = behaviour.rollouts(policy, 8, ASKED)
+    seen = {"groups": groups, "engine": list(noted.calls), "judge": list(judge.calls)}
+    noted.calls.clear()
+    seen["evaluated"] = behaviour.evaluate(policy, 8, lambda *given: given == (noted, judge))
+    seen["evaluation"], seen["writer"] = noted.calls, behaviour.writer(policy)
+    return seen
+
+
+def engine_one(folder, me):
+    """One rank: everything that needs no second one."""
+    engine, policy, seen = make_engine(folder, "untied", 1, me)
+    seen["untied"], seen["alarms"] = weights_arrive(engine, policy), alarms(engine, policy)
+    seen["sampling"], seen["weights"] = sampling(engine), weights(policy)
+    seen["sleeping"], seen["seed"] = sleeping(engine), request_seed(0, 1, "a", 3)
+    seen["colocated"] = colocated(folder, engine, policy, me)
+    engine, policy, _ = make_engine(folder, "tied", 1, me)
+    seen["tied"] = weights_arrive(engine, policy)
+    seen["exported"] = exported(folder, policy, me)
+    return seen
+
+
+def engine_two(folder, me):
+    """Two ranks as two engines, then as one (tensor-parallel): the same requests, and fewer."""
     seen = {"seed": request_seed(0, 1, "a", 3)}
     for tp in (1, 2):
-        engine, policy, found = make_engine(folder, "untied", tp, ranks)
+        engine, policy, found = make_engine(folder, "untied", tp, me)
         found["few"] = {count: ask(engine, range(count)) for count in (0, 1, 3)}
         seen[tp] = found | weights_arrive(engine, policy)
+        seen[tp]["colocated"] = colocated(folder, engine, policy, me, tp=tp)
         import vllm  # only now: the engine sets vLLM's environment before
 
         vllm.distributed.destroy_model_parallel()  # so that vLLM can lay out the ranks anew
@@ -569,9 +572,9 @@ JOBS = {job.__name__: job for job in (learner, engine_one, engine_two)}
 
 
 def main(name, folder):
-    ranks, folder = start(threads=1), Path(folder)
-    torch.save(JOBS[name](folder, ranks), folder / f"{name}-{ranks.world}-{ranks.rank}.pt")
-    dist.destroy_process_group()
+    me, folder = ranks.start(threads=1), Path(folder)
+    torch.save(JOBS[name](folder, me), folder / f"{name}-{me.world}-{me.rank}.pt")
+    ranks.stop()
 
 
 if __name__ == "__main__":
