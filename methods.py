@@ -348,8 +348,8 @@ class Method:
         for name, term in self.terms.items():
             loss = loss + getattr(self.cfg, name) * term(*sources)
         for name in plan.references:
-            estimator = self.numbers["kl_estimator"]
-            stats[f"kl_{name}"] = kl(b["logp"].detach(), b[f"logp_{name}"], estimator)
+            measured = ByName(kl, logp_ref=f"logp_{name}", estimator="kl_estimator")
+            stats[f"kl_{name}"] = measured(*sources).detach()
         return loss, stats
 
     def critic_loss(self, b, out, plan):

@@ -92,8 +92,8 @@ def prepare(cfg, say) -> Task:
     if cfg.data == "toy":
         problems = toy.problems("train")
     else:
-        keys = cfg.problem_key, cfg.answer_key
-        problems = load_problems(cfg.data, *keys, cfg.data_split, say)
+        how = cfg.problem_key, cfg.answer_key, cfg.data_split, say
+        problems = load_problems(cfg.data, *how)
     problems, held_out = split_held_out(problems, cfg.held_out)
     parts = {}
     if cfg.eval_every and cfg.replay:
@@ -109,37 +109,30 @@ def prepare(cfg, say) -> Task:
     tokenizer = load_tokenizer(folder)
 
     if cfg.template == "auto":
-        toys = cfg.data == "toy"
-        cfg.template = "raw" if toys else default_template(cfg.model or folder, tokenizer)
+        of_model = default_template(cfg.model or folder, tokenizer)
+        cfg.template = "raw" if cfg.data == "toy" else of_model
     if cfg.style == "auto":
         cfg.style = template_style(cfg.template)
     context = context_length(folder)
     if context and cfg.max_prompt + cfg.max_response > context:
         if cfg.max_prompt >= context or "max_response" in cfg.given:
-            raise ValueError(
-                f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the "
-                f"model's context of {context} tokens: lower them"
-            )
+            why = f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed"
+            raise ValueError(f"{why} the model's context of {context} tokens: lower them")
         cfg.max_response = context - cfg.max_prompt
-    say(
-        f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the "
-        f"model's context is {context or 'not known'}"
-    )
+    lengths = f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}"
+    say(f"{lengths}; the model's context is {context or 'not known'}")
     how = folder, tokenizer, cfg.template, cfg.max_prompt, say
     problems, _ = encode(problems, *how)
     for name, part in parts.items():
         parts[name], _ = encode(part, *how, f" of {name}")
-    say(
-        f"{len(problems)} problems, template {cfg.template}, judged by {cfg.reward or cfg.style}; "
-        f"the model sees {tokenizer.decode(problems[0]['prompt_ids'])!r}"
-    )
+    judged = f"template {cfg.template}, judged by {cfg.reward or cfg.style}"
+    seen = tokenizer.decode(problems[0]["prompt_ids"])
+    say(f"{len(problems)} problems, {judged}; the model sees {seen!r}")
     cfg.fingerprint = fingerprint(folder, problems)
     saved = _config(cfg.out).get("fingerprint") if cfg.resume else None
     if saved not in (None, cfg.fingerprint):
-        raise ValueError(
-            f"the run in {cfg.out} was on other problems or another kind of model: --model and "
-            "--data may move, not change"
-        )
+        why = "was on other problems or another kind of model"
+        raise ValueError(f"the run in {cfg.out} {why}: --model and --data may move, not change")
     return Task(folder, tokenizer, problems, parts)
 
 
@@ -227,10 +220,11 @@ def _snapshot(kind, name, missing, **how):
         return load()
     except Exception as error:  # two libraries' dozen kinds
         why = f"{type(error).__name__}: {_one_line(error)}"
+    flag = {"model": "--model", "dataset": "--data"}[kind]
     raise ValueError(
         f"{kind} {name} is not whole in HF_HOME ({found}) and cannot be fetched ({why}): check the "
         "name; if it is gated or private, log in with `hf auth login`; else run `python -m "
-        f"infra.data --{kind[:5].rstrip('s')} {name}` with internet access and share HF_HOME"
+        f"infra.data {flag} {name}` with internet access and share HF_HOME"
     )
 
 
@@ -238,6 +232,7 @@ def _load_dataset(name, *source, **how):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return datasets.load_dataset(*source, **how)
     except Exception as error:  # pyarrow's and its own
@@ -274,8 +269,8 @@ def _unfit(folder, tp):
     from safetensors import safe_open
 
     config, tensors = _config(folder), {}
-    kind, layers = config["model_type"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
+    names = ("model_type", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    kind, layers, heads, _ = (config[name] for name in names)
     kv_heads = config.get("num_key_value_heads") or heads
     if kind not in MODEL_TYPES:
         return f"it is of type {kind}, this code trains {', '.join(MODEL_TYPES)}"
@@ -296,7 +291,7 @@ def _unfit(folder, tp):
     if config.get("tie_word_embeddings") and len(both) == 2:
         embedding, head = (safe_open(tensors[name], "pt").get_tensor(name) for name in both)
         if not torch.equal(embedding, head):  # sharding would keep one of the two
-            return "its weights hold two of head and embedding: set tie_word_embeddings to false"
+            return "its config.json has tie_word_embeddings, its weights hold two: set it to false"
 
 
 # -- problems -------------------------------------------------------------------------------------
@@ -312,8 +307,7 @@ def load_problems(
     Nobody can mend the hub's data sets: their unusable rows are skipped, and say(line) counts them.
     A file must be whole. Raises ValueError (file, line, what is wrong, what to do).
     """
-    name, stem = os.fspath(path), Path(path).stem
-    rows = None
+    name, stem, rows = os.fspath(path), Path(path).stem, None
     if not os.path.exists(name) and HUB_NAME.fullmatch(name):
         rows, stem = _numbered("row", hub_rows(name, split), 0), name
     problems, seen, skipped = [], {}, []  # seen: id -> where
@@ -409,8 +403,8 @@ def _problem(item, problem_key, answer_key):
         raise ValueError(f"{problem_key!r} must be a string with text in it, not {_short(problem)}")
     answers = [_answer(one) for one in (answer if isinstance(answer, list) else [answer])]
     if not answers or None in answers:
-        rule = "must be a string, a number or a list of those, and not empty"
-        raise ValueError(f"{answer_key!r} {rule}; it is {_short(answer)}")
+        rule = "must be a string, a number or a list of those, and not empty; it is"
+        raise ValueError(f"{answer_key!r} {rule} {_short(answer)}")
     identity = str(identity) if isinstance(identity, (str, int, float)) else ""
     if re.search("[\ud800-\udfff]", "".join([problem, identity, *answers])):
         raise ValueError("a \\ud800 escape without its pair; no tokenizer takes it, remove it")
@@ -442,9 +436,7 @@ def split_held_out(problems: list[dict], n: int) -> tuple[list[dict], list[dict]
             held.add(text)
             count += copies[text]
     if n < 0 or count == len(problems) or n > 0 and not count:
-        raise ValueError(
-            f"cannot hold {n} of {len(problems)} problems out: leave some on each side"
-        )
+        raise ValueError(f"cannot hold {n} of {len(problems)} problems out: leave some to each")
     train = [p for p in problems if p["problem"] not in held]
     return train, [p for p in problems if p["problem"] in held]
 
@@ -480,10 +472,8 @@ def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list
         for row, problem in enumerate(problems):
             problem["id"] = f"{name}/{row}"
     if content(problems) != digest:
-        raise ValueError(
-            f"{path}: its {len(problems)} problems or answers are not those of {name}, which has "
-            f"{n}: get it again, or name it as a file"
-        )
+        why = f"its {len(problems)} problems or answers are not those of {name}, which has {n}"
+        raise ValueError(f"{path}: {why}: get it again, or name it as a file")
     return problems
 
 
@@ -504,23 +494,23 @@ def _public_file(name):
 
     path = Path(constants.HF_HOME, "remix", *name.split("/"))
     server = os.environ.get("REMIX_MIRROR", "https://raw.githubusercontent.com")
+    if path.exists():  # perhaps in a HF_HOME that can only be read
+        return path
     try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if path.exists():
-                return path
-            if constants.HF_HUB_OFFLINE:
-                raise OSError("HF_HUB_OFFLINE is set")
-            # torch.hub.download_url_to_file waits for ever for a server that says nothing
-            with urllib.request.urlopen(f"{server}/{name}", timeout=TIMEOUT) as answer:
-                aside = Path(f"{path}.tmp")
-                aside.write_bytes(answer.read())
-                aside.rename(path)
+            if not path.exists():  # another process may have fetched it meanwhile
+                # torch.hub.download_url_to_file waits for ever for a server that says nothing
+                with urllib.request.urlopen(f"{server}/{name}", timeout=TIMEOUT) as answer:
+                    aside = Path(f"{path}.tmp")
+                    aside.write_bytes(answer.read())
+                    aside.rename(path)
     except Exception as error:  # OSError, HTTPException
         raise ValueError(
             f"{path.name} is not in HF_HOME, nor to be had from {server} ({_one_line(error)}): run "
-            "`python -m infra.data --benchmarks` with internet access and share HF_HOME, or pass "
-            "--data_dir"
+            "`python -m infra.data --benchmarks` with internet access, or pass --data_dir"
         ) from None
     return path
 
@@ -542,20 +532,19 @@ def load_tokenizer(folder: str | os.PathLike):
         raise ValueError(f"{folder}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: set eos_token in tokenizer_config.json: responses must end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 def default_template(model_name_or_path: str, tokenizer) -> str:
     """The template for a model: "plain" where the tokenizer has no chat format, "r1" for the R1
-    distillations and for every chat format that opens <think> in the prompt (exports included,
-    whatever their folder is called), else "qwen-math", which asks no more than a box."""
+    distillations and every chat format that opens <think> in the prompt (an export, whatever its
+    folder is called), else "qwen-math", which asks no more than a box."""
     if not tokenizer.chat_template:
         return "plain"
     name = str(model_name_or_path).lower()
-    r1 = "r1" in name and "distill" in name
-    return "r1" if r1 or render("1", tokenizer, "r1").rstrip().endswith("<think>") else "qwen-math"
+    thinks = render("1", tokenizer, "r1").rstrip().endswith("<think>")
+    return "r1" if thinks or "r1" in name and "distill" in name else "qwen-math"
 
 
 def template_style(template: str) -> str:
@@ -606,10 +595,8 @@ def render(problem_text: str, tokenizer, template: str) -> str:
     try:
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja: no chat format, or one that refuses a system message
-        raise ValueError(
-            f"this tokenizer's chat template refuses template {template!r} ({_one_line(error)}): "
-            "choose --template plain"
-        ) from error
+        why = f"this tokenizer refuses template {template!r} ({_one_line(error)})"
+        raise ValueError(f"{why}: choose --template plain") from error
 
 
 def encode(problems, folder, tokenizer, template, max_prompt, say, of="") -> tuple[list[dict], int]:
@@ -631,10 +618,9 @@ def encode(problems, folder, tokenizer, template, max_prompt, say, of="") -> tup
             kept.append({**problems[i], "prompt_ids": list(row)})
     skipped = len(problems) - len(kept)
     if not kept:
-        raise ValueError(
-            f"none of {skipped} prompts{of} has 1 to {max_prompt} tokens (the shortest: "
-            f"{min(map(len, ids), default=0)}): raise --max_prompt or check --data"
-        )
+        least = min(map(len, ids), default=0)
+        why = f"none of {skipped} prompts{of} has 1 to {max_prompt} tokens (the shortest: {least})"
+        raise ValueError(f"{why}: raise --max_prompt or check --data")
     if skipped:
         say(f"skipped {skipped} of {len(problems)} prompts{of}: above --max_prompt {max_prompt}")
     largest = max(tokenizer.eos_token_id, *(max(problem["prompt_ids"]) for problem in kept))

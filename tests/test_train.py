@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Running, command, comparable, gone, metrics_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import methods
+from conftest import Running, command, comparable, gone, metrics_of
 from infra import checkpoint, config, data, toy
 from infra.metrics import METRICS
 
@@ -195,7 +195,7 @@ def test_every_algorithm_on_real_problems(real_run, algo):
     assert kept == [f"step_00000{i}" for i in (1, 2, 3, 4)]
     saved = json.loads((folder / "config.json").read_text())["values"]
     assert (saved["algo"], saved["template"]) == (algo, "r1")
-    # numbers that a function has a default for are resolved; those that the run does not read are not
+    # functions' defaults are resolved; what the run does not read stays open
     assert saved["clip_low"] == 0.2 and saved["gamma"] == (1.0 if size == 1 else None)
 
 
@@ -444,7 +444,7 @@ TOY = (
 def toy_runs(tmp_path_factory):
     """Run folders by name.
 
-    whole: six steps on one rank. half: killed after the fourth, its records damaged, resumed to six.
+    whole: six steps on one rank. half: killed after the fourth, records damaged, resumed to six.
     two: two ranks, their torchrun killed after the fourth step, resumed to five on one rank. other:
     another seed, stopped by Ctrl-C after the first. four: two machines of two ranks, HSDP.
     """
