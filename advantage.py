@@ -1,24 +1,28 @@
 """Advantages and critic targets: pure functions of tensors, without gradient.
 
-    GAE         δ_t = r_t + γ·V_{t+1} − V_t     A_t = δ_t + γλ·A_{t+1}              R_t = A_t + V_t       gae
-    V-trace     c̄_t = min(c_bar, π_k/π_{k−i})   A_t = δ_t + γλ·c̄_{t+1}·A_{t+1}      R_t = c̄_t·A_t + V_t   vtrace
-    group       A = (R − mean of the group) / (std of the group + 1e-6)                     group_advantages
+    GAE      δ_t = r_t + γ·V_{t+1} − V_t     A_t = δ_t + γλ·A_{t+1}   R_t = A_t + V_t          gae
+    V-trace  c̄_t = min(c_bar, π_k/π_{k−i})   A_t = δ_t + γλ·c̄_{t+1}·A_{t+1}
+                                                                  R_t = c̄_t·A_t + V_t      vtrace
+    group    A = (R − mean of the group) / (std of the group + 1e-6)                group_advantages
 
-GAE is arXiv 1506.02438; the V-trace form is GePPO's (arXiv 2111.00072), where the product of truncated ratios starts at
-t + 1 because the objective already carries the ratio of token t; the group baseline is GRPO's (arXiv 2402.03300).
-ReMix asks for A under π_k, also on tokens that π_{k−i} wrote, and does not say how: that choice is inferred.
+GAE is arXiv 1506.02438; the V-trace form is GePPO's (arXiv 2111.00072), where the product of
+truncated ratios starts at t + 1 because the objective already carries the ratio of token t; the
+group baseline is GRPO's (arXiv 2402.03300). ReMix asks for A under π_k, also on tokens that π_{k−i}
+wrote, and does not say how: that choice is inferred.
 
-B responses, T response tokens. V_t is read where token t is predicted; r_t is in units of reward. V beyond the response
-is 0. Outputs are 0 where the mask is 0, and what the inputs hold there, NaN included, touches nothing.
+B responses, T response tokens. V_t is read where token t is predicted; r_t is in units of reward. V
+beyond the response is 0. Outputs are 0 where the mask is 0, and what the inputs hold there, NaN
+included, touches nothing.
 """
 
 import torch
 
-LOG_RATIO_MAX = 20.0  # nats, as in loss.py: exp must not overflow
+from loss import LOG_RATIO_MAX
 
 
 def _backward(rewards, values, trace, mask, gamma, lam):
-    """A_t = δ_t + γλ·trace_{t+1}·A_{t+1} and trace_t·A_t + V_t, from the last token to the first. (B, T) each."""
+    """A_t = δ_t + γλ·trace_{t+1}·A_{t+1} and trace_t·A_t + V_t, from the last token to the first.
+    (B, T) each."""
     keep = mask != 0  # (B, T)
     rewards, values, trace = (
         torch.where(keep, x, 0.0) for x in (rewards, values, trace)
@@ -38,41 +42,44 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
         δ_t = r_t + γ·V_{t+1} − V_t    A_t = δ_t + γλ·A_{t+1}    returns = A + V
 
-    With γ = λ = 1 and a reward at the last token only, A_t = reward − V_t. Returns (advantages, returns), not whitened:
-    the critic's target needs A as it is, and whitening is over the whole training step (see `whiten`).
+    With γ = λ = 1 and a reward at the last token only, A_t = reward − V_t. Returns (advantages,
+    returns), not whitened: the critic's target needs A as it is, and whitening is over the whole
+    training step (see `whiten`).
     """
     return _backward(rewards, values, torch.ones_like(values), mask, gamma, lam)
 
 
 @torch.no_grad()
 def vtrace(rewards, values, logp_old, logp_behavior, mask, gamma=1.0, lam=1.0, c_bar=1.0):
-    """V-trace advantages of GePPO (arXiv 2111.00072), for tokens of a past policy. All tensors (B, T).
+    """V-trace advantages of GePPO (arXiv 2111.00072), for tokens of a past policy. All tensors (B,
+    T).
 
         c̄_t = min(c_bar, π_k/π_{k−i})    A_t = δ_t + γλ·c̄_{t+1}·A_{t+1}    returns = c̄_t·A_t + V_t
 
-    What follows token t counts as far as π_k would have gone there too. Equal to `gae` where logp_behavior = logp_old
-    (and c_bar ≥ 1). Returns (advantages, returns).
+    What follows token t counts as far as π_k would have gone there too. Equal to `gae` where
+    logp_behavior = logp_old (and c_bar ≥ 1). Returns (advantages, returns).
     """
-    trace = torch.exp((logp_old - logp_behavior).clamp(max=LOG_RATIO_MAX)).clamp(
-        max=c_bar
-    )  # (B, T): c̄
+    ratio = torch.exp((logp_old - logp_behavior).clamp(max=LOG_RATIO_MAX))  # (B, T)
+    trace = ratio.clamp(max=c_bar)  # (B, T): c̄
     return _backward(rewards, values, trace, mask, gamma, lam)
 
 
 @torch.no_grad()
 def group_advantages(rewards, group, normalize_std=True):
-    """GRPO's advantage of each response against the others of its prompt. rewards (B,), group (B,) int -> (B,).
+    """GRPO's advantage of each response against the others of its prompt: (B,).
 
-        A = (R − mean) / (std + 1e-6), unbiased std; A = R − mean (Dr. GRPO, arXiv 2503.20783) without normalize_std
+    rewards (B,), group (B,) int.
 
-    Group ids are any integers in any order. A group of one has A = 0, and so has a group of equal rewards.
+        A = (R − mean) / (std + 1e-6), unbiased std
+        A = R − mean without normalize_std (Dr. GRPO, arXiv 2503.20783)
+
+    Group ids are any integers in any order. A group of one has A = 0, and so has a group of equal
+    rewards.
     """
-    _, index, sizes = torch.unique(
-        group, return_inverse=True, return_counts=True
-    )  # index (B,), sizes (G,)
-    exact = (
-        rewards.double()
-    )  # (B,); in float32 the mean of equal rewards may miss them, and 1e-6 would magnify that
+    # index (B,), sizes (G,)
+    _, index, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    # double: in float32 the mean of equal rewards may miss them, and 1e-6 would magnify that
+    exact = rewards.double()  # (B,)
     total = torch.zeros(len(sizes), dtype=exact.dtype, device=exact.device)  # (G,)
     centred = exact - (total.index_add(0, index, exact) / sizes)[index]  # (B,)
     if normalize_std:
@@ -83,9 +90,10 @@ def group_advantages(rewards, group, normalize_std=True):
 
 @torch.no_grad()
 def whiten(advantages, mask):
-    """Shift and scale to mean 0 and (unbiased) variance 1 over the tokens where mask is not 0; 0 elsewhere. (B, T).
+    """Shift and scale to mean 0 and (unbiased) variance 1 over the tokens of the mask; 0 elsewhere.
 
-    A = (A − mean) / (std + 1e-8). Without a second token there is no spread to divide by: the result is 0.
+    A = (A − mean) / (std + 1e-8). Without a second token there is no spread to divide by: the
+    result is 0.
     """
     keep = mask != 0  # (B, T)
     tokens = keep.sum().clamp(min=1)

@@ -1,8 +1,8 @@
-"""Policy and critic under FSDP2: log-probs, entropy and values of response tokens, frozen snapshots, weight streaming.
+"""Policy and critic under FSDP2: log-probs, entropy and values of response tokens, frozen snapshots.
 
-A sample is a dict with 1-D CPU tensors `prompt` (P,) and `response` (T,). The modules see micro-batches of right-padded rows
-(prompt, response, padding), so that attention needs no mask, and return (b, T) tensors over response tokens alone.
-Parameters are float32 masters; the computation is in bfloat16 on GPUs, float32 on CPUs.
+The modules see micro-batches of right-padded rows (prompt, response, padding), so that attention
+needs no mask, and return (b, T) tensors over response tokens alone, 0 at padding. Parameters are
+float32 masters; the computation is in bfloat16 on GPUs, in float32 on CPUs.
 """
 
 import contextlib
@@ -11,16 +11,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -30,29 +20,32 @@ from infra.ranks import gather
 
 
 def pretrained(kind, folder, empty):
-    """A float32 model on the CPU from a Hugging Face folder, or its `empty` skeleton without memory. No code from there is run."""
+    """A float32 model on the CPU from a Hugging Face folder, or its `empty` skeleton on meta."""
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # else the critic's backbone reports the head that it does not want
+    # else the critic's backbone reports the head that it does not want
+    logging.set_verbosity_error()
+    safe = dict(dtype=torch.float32, trust_remote_code=False)
     if not empty:
-        return kind.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
+        return kind.from_pretrained(folder, use_safetensors=True, **safe)
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return kind.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        return kind.from_config(config, **safe).eval()
 
 
 class Policy(nn.Module):
-    """A Hugging Face causal LM whose forward gives log π_θ and entropy of the response tokens at the sampling temperature.
+    """A Hugging Face causal LM; forward gives log π_θ and entropy at the sampling temperature.
 
-    The logits exist for `chunk_tokens` response tokens at once, in the backward pass too (each chunk is checkpointed): never a
-    (B, T, V) tensor. This must happen inside the root's forward, outside of which FSDP2 leaves the head's weight sharded.
+    The logits exist for `chunk_tokens` response tokens at once, in the backward pass too (each
+    chunk is checkpointed): never a (B, T, V) tensor. This must happen inside the root's forward,
+    outside of which FSDP2 leaves the head's weight sharded.
     """
 
-    def __init__(self, folder, temperature, chunk_tokens, empty=False):
+    predicts, chunk_tokens = "logp", 1024
+
+    def __init__(self, folder, temperature, empty=False):
         super().__init__()
         self.lm = pretrained(AutoModelForCausalLM, folder, empty)
-        self.temperature, self.chunk_tokens = temperature, chunk_tokens
+        self.temperature = temperature
 
     @property
     def backbone(self):  # no attribute: a module registered twice would be saved twice
@@ -67,19 +60,22 @@ class Policy(nn.Module):
         return logp, entropy
 
     def forward(self, ids, where, tokens, mask):
-        """ids (b, L), where, tokens, mask (b, T) -> logp, entropy (b, T), 0 where mask is False."""
+        """ids (b, L); where, tokens, mask (b, T) -> {"logp", "entropy"}, (b, T) each."""
         hidden = self.lm.model(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, H)
         hidden, tokens = response_rows(hidden, where, mask), tokens[mask]  # (n, H), (n,)
-        chunks = [
-            checkpoint(self.head, h, t, use_reentrant=False)
-            for h, t in zip(hidden.split(self.chunk_tokens), tokens.split(self.chunk_tokens))
-        ]
-        logp, entropy = (torch.cat(parts) for parts in zip(*chunks))
-        return scatter(logp, mask), scatter(entropy, mask)
+        chunks = zip(hidden.split(self.chunk_tokens), tokens.split(self.chunk_tokens))
+        parts = [checkpoint(self.head, h, t, use_reentrant=False) for h, t in chunks]
+        logp, entropy = (torch.cat(part) for part in zip(*parts))
+        return {"logp": scatter(logp, mask), "entropy": scatter(entropy, mask)}
 
 
 class Critic(nn.Module):
-    """The same backbone with a value head (zero at the start); V is read at the position whose logits produce the token."""
+    """The same backbone with a value head, zero at the start.
+
+    V is read at the position whose logits produce the token.
+    """
+
+    predicts = "values"
 
     def __init__(self, folder, empty=False):
         super().__init__()
@@ -89,9 +85,10 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, ids, where, tokens, mask):
-        """ids (b, L), where, mask (b, T) -> values (b, T), 0 where mask is False. `tokens` is not used."""
+        """ids (b, L); where, mask (b, T) -> {"values": (b, T)}. `tokens` is not used."""
         hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, H)
-        return (scatter(self.value(response_rows(hidden, where, mask)).float()[:, 0], mask),)
+        values = self.value(response_rows(hidden, where, mask)).float()[:, 0]  # (n,)
+        return {"values": scatter(values, mask)}
 
 
 def response_rows(hidden, where, mask):
@@ -105,15 +102,14 @@ def scatter(flat, mask):
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
-# Micro-batches
-
-
 def deal(lengths, world, budget):
-    """Share rows out to ranks and pack them: shares[rank] = list of micro-batches, each a list of indices into `lengths`.
+    """Share rows out to ranks and pack them into micro-batches of `budget` tokens.
 
-    Rows go longest first to the rank with the fewest tokens; a micro-batch holds rows of like length while rows x longest <=
-    `budget` tokens (a longer row stands alone). Every rank gets the same number, empty ones where it has fewer: a collective
-    inside forward or backward would otherwise wait for ever.
+    Returns shares[rank] = list of micro-batches, each a list of indices into `lengths` (tokens).
+    Rows go longest first to the rank with the fewest tokens; a micro-batch holds rows of like
+    length while rows x longest <= budget (a longer row stands alone). Every rank gets the same
+    number, empty ones where it has fewer: a collective inside forward or backward would otherwise
+    wait for ever.
     """
     loads, rows = [0] * world, [[] for _ in range(world)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -133,120 +129,123 @@ def deal(lengths, world, budget):
     return [share + [[] for _ in range(most - len(share))] for share in shares]
 
 
-def collate(samples, device, fields=()):
-    """Samples -> (model inputs, fields): ids (b, L); where, tokens, mask (b, T); each named field (b, T), 0 at padding.
+def collate(samples, device):
+    """Samples -> what a module takes: ids (b, L); where, tokens, mask (b, T).
 
-    An empty list gives one row of one masked token, so that a rank without work still takes part in every collective.
+    No sample gives one row of one masked token, so that a rank without work still takes part.
     """
     if not samples:
         one = torch.zeros(1, 1, dtype=torch.long, device=device)
-        empty = {field: torch.zeros(1, 1, device=device) for field in fields}
-        return dict(ids=one, where=one, tokens=one, mask=one.bool()), empty
+        return dict(ids=one, where=one, tokens=one, mask=one.bool())
 
     def pad(rows):
         return pad_sequence(rows, batch_first=True).to(device)
 
-    prompts, responses = [s["prompt"] for s in samples], [s["response"] for s in samples]
-    inputs = dict(
-        ids=pad([torch.cat(pair) for pair in zip(prompts, responses)]),
-        where=pad(
-            [torch.arange(len(p) - 1, len(p) + len(r) - 1) for p, r in zip(prompts, responses)]
-        ),
-        tokens=pad(responses),
-        mask=pad([torch.ones(len(r), dtype=torch.bool) for r in responses]),
+    pairs = [(sample.prompt, sample.response) for sample in samples]
+    return dict(
+        ids=pad([torch.cat(pair) for pair in pairs]),
+        where=pad([torch.arange(len(p) - 1, len(p) + len(r) - 1) for p, r in pairs]),
+        tokens=pad([r for _, r in pairs]),
+        mask=pad([torch.ones(len(r), dtype=torch.bool) for _, r in pairs]),
     )
-    return inputs, {field: pad([s[field] for s in samples]) for field in fields}
 
 
 class Learner:
-    """One module under FSDP2 with its AdamW: predict, train, swap in a frozen snapshot, stream the weights out.
+    """One module under FSDP2 with its AdamW: predict, train, swap a frozen snapshot in.
 
-    Rank 0's module holds the weights and broadcasts them; the other ranks' may be `empty`, so that a machine's memory holds one
-    full copy, not one per rank.
+    Rank 0's module holds the weights and broadcasts them; the other ranks' may be `empty`, so that
+    a machine's memory holds one full copy, not one per rank.
     """
 
     def __init__(self, module, lr, cfg, ranks):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
+
         self.cfg, self.ranks, self.module, self.lr = cfg, ranks, module, lr
         weights = module.state_dict() if ranks.first else {}
         module.to("meta")
-        self.names = (
-            set(module.lm.state_dict()) if isinstance(module, Policy) else None
-        )  # what the engine must receive
         cuda, offload = ranks.device.type == "cuda", cfg.offload_optimizer
-        # HSDP: gradients are averaged over the nodes ("replicate"), everything else stays within a node ("shard")
+        # HSDP: gradients are averaged over the nodes, everything else stays within a node
         nodes = ranks.world // ranks.local_world
         shape = (nodes, ranks.local_world) if cfg.hsdp and nodes > 1 else (ranks.world,)
+        names = ("replicate", "shard")[-len(shape) :]
         sharding = dict(
-            mesh=init_device_mesh(
-                ranks.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
-            ),
+            mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
             reshard_after_forward=True,
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32
-            ),
+            mp_policy=MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32),
             offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
         )
         if isinstance(module, Policy):
             module.lm.tie_weights()
+            self.names = set(module.lm.state_dict())  # what the engine must receive
         for layer in module.backbone.layers:
             if cfg.activation_checkpointing:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             fully_shard(layer, **sharding)
-        fully_shard(module, **sharding)  # the root too reshards after forward: see swapped()
+        fully_shard(module, **sharding)  # the root too reshards after forward: see _exchange
         module.to_empty(device="cpu" if offload else ranks.device)
+        # its frequencies are in no checkpoint
         rotary = module.backbone.rotary_emb
-        module.backbone.rotary_emb = type(rotary)(config=rotary.config).to(
-            ranks.device
-        )  # its frequencies are in no checkpoint
-        set_model_state_dict(
-            module,
-            weights,
-            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
-        )
+        module.backbone.rotary_emb = type(rotary)(config=rotary.config).to(ranks.device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(module, weights, options=options)
         self.optimizer = torch.optim.AdamW(
             module.parameters(),
             lr=lr,
             betas=(0.9, cfg.adam_beta2),
             weight_decay=cfg.weight_decay,
+            # no copy of the moments on a GPU; fast in host memory
             fused=cuda or offload or None,
-        )  # no copy of the moments on a GPU; fast in host memory
+        )
 
-    def my_micro_batches(self, samples):
-        """This rank's micro-batches of a list of samples that every rank holds: lists of indices, as many on each rank."""
-        lengths = [len(s["prompt"]) + len(s["response"]) for s in samples]
+    def micro_batches(self, samples):
+        """This rank's micro-batches of samples that every rank holds: lists of indices.
+
+        As many on each rank.
+        """
+        lengths = [len(sample.prompt) + len(sample.response) for sample in samples]
         return deal(lengths, self.ranks.world, self.cfg.micro_tokens)[self.ranks.rank]
 
     @torch.no_grad()
     def predict(self, samples, progress=iter):
-        """First output of the module for every sample: list of (T,) CPU tensors, on every rank. A collective."""
+        """log π (of a critic: V) of every sample: a list of (T,) CPU tensors, on every rank.
+
+        A collective.
+        """
         if not samples:
             return []
-        mine = {}
-        for indices in progress(self.my_micro_batches(samples)):
-            inputs, _ = collate([samples[i] for i in indices], self.ranks.device)
-            rows = self.module(**inputs)[0].float().cpu()  # (b, T)
-            mine.update(
-                {i: row[: len(samples[i]["response"])].clone() for i, row in zip(indices, rows)}
-            )
-        found = {}
+        mine, found = {}, {}
+        for indices in progress(self.micro_batches(samples)):
+            inputs = collate([samples[i] for i in indices], self.ranks.device)
+            rows = self.module(**inputs)[self.module.predicts].float().cpu()  # (b, T)
+            for i, row in zip(indices, rows):
+                mine[i] = row[: len(samples[i].response)].clone()
         for part in gather(mine):
             found.update(part)
         return [found[i] for i in range(len(samples))]
 
     def backward(self, loss):
-        """Accumulate the gradient of this rank's share of a global sum. FSDP2 averages over ranks, hence the factor.
+        """Accumulate the gradient of this rank's share of a global sum.
 
-        A loss that is not finite may have a gradient that is: 0 x loss, else 0, makes it NaN as well, so that its norm tells all ranks.
+        FSDP2 averages over ranks, hence the factor. A loss that is not finite may have a gradient
+        that is: 0 x loss, else 0, makes it NaN as well, so that its norm tells all ranks.
         """
         (loss * (1 + 0 * loss.detach()) * self.ranks.world).backward()
 
     def step(self, scale):
-        """Clip, update at learning rate lr x `scale`, clear. Returns the gradient's norm before clipping (float), the same on every rank.
+        """Clip, update at learning rate lr x `scale`, clear. Returns the gradient's norm (float).
 
-        Where it is not finite nothing is updated, neither weights nor the optimiser's state: alarms.py says so.
+        Before clipping, the same on every rank. Where it is not finite nothing is updated, neither
+        weights nor the optimiser's state.
         """
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.cfg.grad_clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = whole(norm).item()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * scale
         if math.isfinite(norm):
@@ -260,7 +259,7 @@ class Learner:
 
     @contextlib.contextmanager
     def swapped(self, snapshot):
-        """Inside, the module is the snapshot's policy; the shards are exchanged in place and back, bit for bit."""
+        """Inside, the module is the snapshot's policy; shards are exchanged, to the bit."""
         self._exchange(snapshot)
         try:
             yield
@@ -269,9 +268,10 @@ class Learner:
 
     @torch.no_grad()
     def _exchange(self, snapshot):
+        # an unsharded copy left from a forward would silently be used instead of the new shards
         for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # an unsharded copy left from a forward would silently be used instead of the new shards
+            if hasattr(part, "reshard"):
+                part.reshard()
         for live, frozen in zip(self.module.parameters(), snapshot, strict=True):
             live, frozen = live.to_local(), frozen.to_local()
             kept = live.clone()
@@ -279,10 +279,15 @@ class Learner:
             frozen.copy_(kept)
 
     def full_tensors(self):
-        """Yield (Hugging Face name, full tensor) one at a time, tied heads included. A collective: all ranks, to the end.
+        """Yield (Hugging Face name, full tensor) one at a time, tied heads included.
 
-        Cast to the compute type, which halves what travels: these are the weights that the forward pass uses.
+        A collective: all ranks, to the end. Cast to the type of computation, which halves what
+        travels: these are the weights that the forward pass uses.
         """
         for name, tensor in self.module.lm.state_dict().items():
-            tensor = tensor.to(self.ranks.device, getattr(torch, self.cfg.dtype))
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, whole(tensor.to(self.ranks.device, getattr(torch, self.cfg.dtype)))
+
+
+def whole(tensor):
+    """A sharded tensor (DTensor) in full; any other as it is. A collective for the former."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,8 +1,12 @@
-r"""Problems, the prompts made of them, and the order in which a run meets them.
+r"""Models, problems and prompts: fetched by name, read, checked, and the order of a run's prompts.
 
-A problem is {"id": str, "problem": str, "answer": str | list[str]}; any one of a list of answers is right. Files are
-.jsonl (one object a line), .json (a list of objects) or .parquet; a name OWNER/NAME is a data set on the hub. Everything
-wrong with a file is a ValueError of one line that says where it is and what to do about it.
+    python -m infra.data --model Qwen2.5-Math-7B                         # fetches into HF_HOME
+    python -m infra.data --data agentica-org/DeepScaleR-Preview-Dataset
+    python -m infra.data --benchmarks
+
+A problem is {"id": str, "problem": str, "answer": str | list[str]}; any one of a list of answers is
+right. What lies whole in HF_HOME is taken from there without asking the hub, so that a run does not
+change when the hub does; nothing fetched is executed. Bad input is a ValueError of one line.
 """
 
 import hashlib
@@ -11,24 +15,27 @@ import math
 import os
 import random
 import re
+import sys
+import urllib.request
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
-import hub
+import torch
 
-# The paper's five benchmarks and their sizes (arXiv 2507.06892). "amc" is the set behind its AMC'23 column, AMC 12 of
-# 2022 and 2023 together; "amc23" is 2023 alone, which other papers call AMC'23.
-BENCHMARKS = {
-    "aime24": 30,
-    "amc": 83,
-    "amc23": 40,
-    "math500": 500,
-    "minerva": 272,
-    "olympiadbench": 675,
-}
-# name: the file in the authors' repository, and what content() makes of its problems; amc23 is the end of amc
-SOURCE = "AnitaLeungxx/ReMix-Off-Policy-RFT/1f5d21165995cba3f3dc05e29d7dce7b643dc121/deepscaler/data/test"
+from infra import toy
+from infra.config import Parser, check_vllm, exit_bad_input
+from infra.ranks import check_gpus
+
+# fmt: off
+# The paper's benchmarks and their sizes (arXiv 2507.06892). "amc" is the set behind its AMC'23
+# column, AMC 12 of 2022 and 2023 together; "amc23", its end, is 2023 alone: others' AMC'23.
+BENCHMARKS = {"aime24": 30, "amc": 83, "amc23": 40, "math500": 500, "minerva": 272,
+              "olympiadbench": 675}
+COMMIT = "1f5d21165995cba3f3dc05e29d7dce7b643dc121"
+SOURCE = f"AnitaLeungxx/ReMix-Off-Policy-RFT/{COMMIT}/deepscaler/data/test"
+# name: the file in the authors' repository, and content() of its problems
 SOURCES = {
     "aime24": ("aime.json", "b5334984ccd54ba2"),
     "amc": ("amc.json", "675736b91bad988b"),
@@ -37,178 +44,397 @@ SOURCES = {
     "minerva": ("minerva.json", "9d1c3e98af98ee19"),
     "olympiadbench": ("olympiad_bench.json", "55da9de899fab853"),
 }
-
+# how a bare model name begins: its owner
+OWNERS = {"Qwen": "Qwen", "DeepSeek-": "deepseek-ai", "Llama-": "meta-llama",
+          "Meta-Llama-": "meta-llama"}
+# a decoder in `model`, its layers in `model.layers`, a head in `lm_head`
+MODEL_TYPES = ("qwen2", "qwen3", "llama")
+MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+# OWNER/NAME[/CONFIG] of a data set, which ends in no file's suffix
+HUB_NAME = re.compile(r"(?!.*\.[a-zA-Z]\w*$)\w[\w.-]*(/\w[\w.-]*){1,2}")
+TIMEOUT = 10  # seconds until a server counts as unreachable
 LONGEST_TOKEN = 256  # characters; Qwen's longest is a run of 128 spaces
 
-HUB_NAME = re.compile(
-    r"(?!.*\.[a-zA-Z]\w*$)\w[\w.-]*(/\w[\w.-]*){1,2}"
-)  # OWNER/NAME[/CONFIG] that ends in no file's suffix
-
-_STEPS = (
-    r" Let's think step by step and output the final answer within \boxed{}."  # the paper's suffix
-)
-_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # Qwen2.5-Math's system prompt
-# name: the chat messages, or the plain text, for a problem
+# the paper's suffix, and Qwen2.5-Math's system prompt
+_STEPS = r" Let's think step by step and output the final answer within \boxed{}."
+_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+# name: the chat messages, or the plain text, for a problem; r1 is the paper's, raw the toy's
 TEMPLATES = {
-    "r1": lambda problem: [{"role": "user", "content": problem + _STEPS}],  # the paper's
-    "qwen-math": lambda problem: [
-        {"role": "system", "content": _SYSTEM},
-        {"role": "user", "content": problem},
-    ],
-    "plain": lambda problem: (
-        problem + "\n" + _STEPS.strip() + "\n"
-    ),  # for models without a chat format
-    "raw": lambda problem: problem,  # the toy task
+    "r1": lambda problem: [{"role": "user", "content": problem + _STEPS}],
+    "qwen-math": lambda problem: [{"role": "system", "content": _SYSTEM},
+                                  {"role": "user", "content": problem}],
+    "plain": lambda problem: problem + "\n" + _STEPS.strip() + "\n",
+    "raw": lambda problem: problem,
 }
-STYLE_OF = {
-    "r1": "think",
-    "qwen-math": "boxed",
-    "plain": "boxed",
-    "raw": "hash",
-}  # template: how reward.py judges it
+# template: how reward.py judges it
+STYLE_OF = {"r1": "think", "qwen-math": "boxed", "plain": "boxed", "raw": "hash"}
+# fmt: on
 
 
-# -- problems ---------------------------------------------------------------------------------------------------------
+class Task(NamedTuple):
+    """What a run works on; problems are dicts with id, problem, answer and prompt_ids."""
+
+    folder: str  # of the model
+    tokenizer: object
+    problems: list  # to train on
+    parts: dict  # name -> problems to evaluate on
+
+
+def prepare(cfg, say) -> Task:
+    """Resolve what `cfg` leaves open (template, style, max_response, dtypes, fingerprint), on every
+    rank alike. What is small is looked at first, the model is fetched last.
+
+    say: prints a line, on rank 0. Raises ValueError.
+    """
+    check_gpus(None if cfg.replay else check_vllm())
+    if cfg.template != "auto":
+        template_style(cfg.template)
+    if cfg.data == "toy":
+        problems = toy.problems("train")
+    else:
+        keys = cfg.problem_key, cfg.answer_key
+        problems = load_problems(cfg.data, *keys, cfg.data_split, say)
+    problems, held_out = split_held_out(problems, cfg.held_out)
+    parts = {}
+    if cfg.eval_every and cfg.replay:
+        say("no evaluations: --replay has no engine")
+    elif cfg.eval_every:
+        for name in cfg.eval_data.split(","):
+            parts[name] = held_out if name == "held_out" else load_eval_data(name, cfg.data_dir)
+    if cfg.model:
+        folder = model_folder(cfg.model)
+        check_model(folder, cfg.tp)
+    else:
+        folder = toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+    tokenizer = load_tokenizer(folder)
+
+    if cfg.template == "auto":
+        toys = cfg.data == "toy"
+        cfg.template = "raw" if toys else default_template(cfg.model or folder, tokenizer)
+    if cfg.style == "auto":
+        cfg.style = template_style(cfg.template)
+    context = context_length(folder)
+    if context and cfg.max_prompt + cfg.max_response > context:
+        if cfg.max_prompt >= context or "max_response" in cfg.given:
+            raise ValueError(
+                f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} exceed the "
+                f"model's context of {context} tokens: lower them"
+            )
+        cfg.max_response = context - cfg.max_prompt
+    say(
+        f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}; the "
+        f"model's context is {context or 'not known'}"
+    )
+    how = folder, tokenizer, cfg.template, cfg.max_prompt, say
+    problems, _ = encode(problems, *how)
+    for name, part in parts.items():
+        parts[name], _ = encode(part, *how, f" of {name}")
+    say(
+        f"{len(problems)} problems, template {cfg.template}, judged by {cfg.reward or cfg.style}; "
+        f"the model sees {tokenizer.decode(problems[0]['prompt_ids'])!r}"
+    )
+    cfg.fingerprint = fingerprint(folder, problems)
+    saved = _config(cfg.out).get("fingerprint") if cfg.resume else None
+    if saved not in (None, cfg.fingerprint):
+        raise ValueError(
+            f"the run in {cfg.out} was on other problems or another kind of model: --model and "
+            "--data may move, not change"
+        )
+    return Task(folder, tokenizer, problems, parts)
+
+
+def fingerprint(folder, problems) -> str:
+    """A hash of what a run trains (config.json, but for who wrote it), prompts and answers."""
+    written_by = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+    config = {k: value for k, value in sorted(_config(folder).items()) if k not in written_by}
+    found = hashlib.sha256(json.dumps(config).encode())
+    for problem in problems:
+        found.update(json.dumps([problem["prompt_ids"], problem["answer"]]).encode())
+    return found.hexdigest()
+
+
+def context_length(folder) -> int | None:
+    """max_position_embeddings of the model in `folder` (tokens), None where it does not say."""
+    return _config(folder).get("max_position_embeddings")
+
+
+def _config(folder):
+    return json.loads(Path(folder, "config.json").read_text())
+
+
+# -- the hub --------------------------------------------------------------------------------------
+
+
+def full_name(name: str) -> str:
+    """OWNER/NAME of a model; a bare name gets its owner from OWNERS. Raises ValueError."""
+    if "/" in name:
+        return name
+    for start, owner in OWNERS.items():
+        if name.startswith(start):
+            return f"{owner}/{name}"
+    raise ValueError(f"no folder {name!r}, nor is its owner known: give OWNER/NAME or a folder")
+
+
+def model_folder(name: str | os.PathLike) -> str:
+    """`name` itself where that is a folder, else the snapshot of the hub's model of that name,
+    fetched first if need be. All ranks may call it at the same time. Raises ValueError."""
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return name
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(name):
+        raise ValueError(f"{name}: no such folder")
+    # root files only: folders hold other formats of the same weights
+    only = dict(allow_patterns=MODEL_FILES, ignore_patterns="*/*")
+    return _snapshot("model", full_name(name), _missing, **only)
+
+
+def hub_rows(name: str, split: str = "train"):
+    """The rows (dicts) of the hub's data set OWNER/NAME, or of its configuration OWNER/NAME/CONFIG.
+    All ranks may call it at the same time. Raises ValueError."""
+    from huggingface_hub import constants
+
+    if name.count("/") not in (1, 2):
+        raise ValueError(f"{name!r} is no data set: give OWNER/NAME or OWNER/NAME/CONFIG")
+    owner, title, config = [*name.split("/"), None][:3]
+    # In a cache of its own: in the common one the datasets library leaves parts of data sets,
+    # which nothing tells from whole ones.
+    cache = Path(constants.HF_HOME, "remix", "hub")
+    folder = _snapshot("dataset", f"{owner}/{title}", lambda folder: [], cache_dir=cache)
+    return _load_dataset(name, folder, config, split=split)
+
+
+def _snapshot(kind, name, missing, **how):
+    """The folder of the hub's `kind` "model" or "dataset": from the cache, else fetched.
+
+    huggingface_hub locks file by file, so that the ranks of a machine fetch each once, and goes on
+    with what broke off. missing: folder -> what it lacks. Raises ValueError.
+    """
+    import huggingface_hub
+
+    load = partial(huggingface_hub.snapshot_download, name, repo_type=kind, **how)
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        folder = load(local_files_only=True)
+        if not (found := missing(folder)):
+            return folder
+    except Exception as error:  # not there, or not whole
+        found = _one_line(error)
+    try:
+        # first, and with a limit: the download would try for minutes
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+        return load()
+    except Exception as error:  # two libraries' dozen kinds
+        why = f"{type(error).__name__}: {_one_line(error)}"
+    raise ValueError(
+        f"{kind} {name} is not whole in HF_HOME ({found}) and cannot be fetched ({why}): check the "
+        "name; if it is gated or private, log in with `hf auth login`; else run `python -m "
+        f"infra.data --{kind[:5].rstrip('s')} {name}` with internet access and share HF_HOME"
+    )
+
+
+def _load_dataset(name, *source, **how):
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*source, **how)
+    except Exception as error:  # pyarrow's and its own
+        raise ValueError(f"{name}: {_one_line(error.__cause__ or error)}") from None
+
+
+def _one_line(error):
+    return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
+def _missing(folder):
+    """The files that a model's folder lacks: a killed download may leave any part of it."""
+    names, index = ["config.json"], Path(folder, "model.safetensors.index.json")
+    if index.is_file():
+        names += sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    absent = [name for name in names if not Path(folder, name).is_file()]
+    return absent or ([] if any(Path(folder).glob("*.safetensors")) else ["*.safetensors"])
+
+
+def check_model(folder, tp=1):
+    """Raise ValueError unless `folder` holds a whole Hugging Face model that this code can train,
+    and vLLM can share its attention heads out to `tp` ranks."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"--model {folder}: no such folder")
+    try:
+        why = _unfit(folder, tp)
+    except Exception as error:  # whatever a broken file leads to
+        why = f"{type(error).__name__}: {_one_line(error)}; its files must be whole"
+    if why:
+        raise ValueError(f"--model {folder} cannot be trained: {why}")
+
+
+def _unfit(folder, tp):
+    from safetensors import safe_open
+
+    config, tensors = _config(folder), {}
+    kind, layers = config["model_type"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if kind not in MODEL_TYPES:
+        return f"it is of type {kind}, this code trains {', '.join(MODEL_TYPES)}"
+    if "quantization_config" in config:
+        return "it is quantized: take the model that it was made from"
+    # vLLM repeats key-value heads where there are fewer than ranks
+    if heads % tp or kv_heads % tp and tp % kv_heads:
+        return f"--tp {tp} does not divide its {heads} attention and {kv_heads} key-value heads"
+    if absent := _missing(folder):
+        return f"no {absent[0]} in it"
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:  # refuses a file that was cut short
+            tensors |= dict.fromkeys(weights.keys(), file)
+    # transformers would draw absent layers at random and only warn
+    if f"model.layers.{layers - 1}.mlp.up_proj.weight" not in tensors:
+        return f"its *.safetensors do not hold all of its {layers} layers"
+    both = {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys()
+    if config.get("tie_word_embeddings") and len(both) == 2:
+        embedding, head = (safe_open(tensors[name], "pt").get_tensor(name) for name in both)
+        if not torch.equal(embedding, head):  # sharding would keep one of the two
+            return "its weights hold two of head and embedding: set tie_word_embeddings to false"
+
+
+# -- problems -------------------------------------------------------------------------------------
 
 
 def load_problems(
-    path: str | os.PathLike,
-    problem_key: str = "problem",
-    answer_key: str = "answer",
-    split: str = "train",
-    say=lambda line: None,
+    path, problem_key="problem", answer_key="answer", split="train", say=lambda line: None
 ) -> list[dict]:
-    """The problems of a .jsonl, .json or .parquet file, or of the hub's data set OWNER/NAME or OWNER/NAME/CONFIG (hub.py), in
-    its order. A missing id becomes FILE/ROW or OWNER/NAME/ROW, rows counted from 0; numbers become strings.
+    """The problems of a .jsonl (one object a line), .json (a list of objects) or .parquet file, or
+    of the hub's data set OWNER/NAME or OWNER/NAME/CONFIG, in its order. A missing id becomes
+    FILE/ROW or OWNER/NAME/ROW, rows counted from 0; numbers become strings.
 
-    Nobody can mend the hub's data sets, so their unusable rows are skipped: say(line) tells how many. A file must be whole.
-    Raises ValueError (one line: the file, the line, item or row, what is wrong, what to do).
+    Nobody can mend the hub's data sets: their unusable rows are skipped, and say(line) counts them.
+    A file must be whole. Raises ValueError (file, line, what is wrong, what to do).
     """
-    name, path = os.fspath(path), Path(path)
-    remote = not path.exists() and HUB_NAME.fullmatch(name)
-    if remote:
-        rows = (
-            (f"{name}, row {number}", row)
-            for number, row in enumerate(hub.dataset_rows(name, split))
-        )
-    else:
-        rows = _file_rows(path)
-
-    problems, seen, skipped, where, item = [], {}, [], None, None  # seen: id -> where
-    for row, (where, item) in enumerate(rows):
+    name, stem = os.fspath(path), Path(path).stem
+    rows = None
+    if not os.path.exists(name) and HUB_NAME.fullmatch(name):
+        rows, stem = _numbered("row", hub_rows(name, split), 0), name
+    problems, seen, skipped = [], {}, []  # seen: id -> where
+    for row, (where, item) in enumerate(rows or _file_rows(Path(name))):
         try:
             problem = _problem(item, problem_key, answer_key)
+            if not problem["id"] or rows and problem["id"] in seen:
+                problem["id"] = f"{stem}/{row}"
+            first = seen.setdefault(problem["id"], where)
+            if first != where:
+                raise ValueError(
+                    f"id {_short(problem['id'])} is {first}'s already; make ids unique"
+                )
         except ValueError as error:
-            if not remote:
-                raise ValueError(f"{where}: {error}") from None
-            skipped.append(f"row {row}: {error}")
-            continue
-        identity = problem["id"] or f"{name if remote else path.stem}/{row}"
-        if identity in seen and remote:
-            identity = f"{name}/{row}"
-        if identity in seen:
-            raise ValueError(
-                f"{where}: id {_short(identity)} is {seen[identity]}'s already; make ids unique"
-            )
-        seen[identity] = where.rpartition(", ")[2]
-        problems.append(problem | {"id": identity})
-    if not problems and skipped:
-        raise ValueError(
-            f"{name}: none of its {len(skipped)} rows has a usable {problem_key!r} and {answer_key!r}; its columns are "
-            f"{_short(list(item), 300)}: name the right ones with --problem_key and --answer_key ({skipped[0]})"
-        )
+            if not rows:
+                raise ValueError(f"{name}, {where}: {error}") from None
+            skipped.append(f"{where}: {error}")
+        else:
+            problems.append(problem)
+    first = f" (first: {skipped[0]})" if skipped else ""
     if not problems:
-        raise ValueError(
-            f"{name}: holds no problems; expected objects with {problem_key!r} and {answer_key!r}"
-        )
+        keys = f"{problem_key!r} and {answer_key!r} (--problem_key, --answer_key)"
+        raise ValueError(f"{name}: holds no problems with {keys}{first}")
     if skipped:
-        say(
-            f"skipped {len(skipped)} of {len(skipped) + len(problems)} rows of {name} (first: {skipped[0]})"
-        )
+        say(f"skipped {len(skipped)} of {len(skipped) + len(problems)} rows of {name}{first}")
     return problems
 
 
-def _file_rows(path: Path):
-    """(where, row) for the rows of a file. Raises ValueError."""
+def _numbered(kind, items, start):
+    return ((f"{kind} {number}", item) for number, item in enumerate(items, start))
+
+
+def _file_rows(path):
+    """("line 1", row), … of a file. Raises ValueError.
+
+    JSON is read by hand: Arrow's columns hold one type, answers here are 2, "2" and ["2", "two"] in
+    one file; and the datasets library tells no line, and takes the second of two equal keys.
+    """
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise ValueError(
-            f"{path}: not a .jsonl, .json or .parquet file; write one JSON object a line into a .jsonl file, or name a "
-            "data set on the hub as OWNER/NAME"
-        )
+        kinds = ".jsonl (an object a line), .json or .parquet file"
+        raise ValueError(f"{path}: not a {kinds}, nor a data set of the hub, OWNER/NAME")
     try:
+        path.open("rb").close()
+        if path.suffix == ".parquet":
+            rows = _load_dataset(path, "parquet", data_files=str(path), split="train")
+            return _numbered("row", rows, 0)
         raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
-        except Exception as error:  # pyarrow raises half a dozen kinds here
-            raise ValueError(
-                f"{path}: no readable parquet file ({hub.one_line(error)}); get it again"
-            ) from None
-        return ((f"{path}, row {number}", row) for number, row in enumerate(rows))
-    try:
-        if (nul := raw.find(b"\0")) >= 0:  # UTF-16 without its mark decodes
-            raise UnicodeDecodeError("utf-8", b"", nul, nul, "NUL")
-        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8"
-        ) from None
-    if path.suffix == ".jsonl":  # split, not splitlines: U+2028 may stand inside a string
-        lines = (
-            (f"{path}, line {number}", line)
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        )
-        return ((where, _parse(line, where)) for where, line in lines)
-    items = _parse(text, str(path)) if text.strip() else []
+        raise ValueError(f"{path}, line {line}: not UTF-8 text; convert the file to it") from None
+    if path.suffix == ".jsonl":
+        # split, not splitlines: U+2028 may stand inside a string
+        lines = _numbered("line", text.split("\n"), 1)
+        return ((where, _parse(line, f"{path}, {where}")) for where, line in lines if line.strip())
+    items = _parse(text, path) if text.strip() else []
     if not isinstance(items, list):
-        raise ValueError(
-            f"{path}: holds one {type(items).__name__}, not a list of objects; put it into [ ]"
-        )
-    return ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
+        raise ValueError(f"{path}: holds no list of objects: put it into [ ]")
+    return _numbered("item", items, 1)
 
 
-def _problem(item, problem_key: str, answer_key: str) -> dict:
-    """The problem in a row, its id "" where the row has none. Raises ValueError: what is wrong with the row."""
+def _parse(text, where):
+    """JSON. Raises ValueError, also for two equal keys, of which Python would take the second."""
+
+    def unique(pairs):
+        key, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 1)
+        if count > 1:
+            raise ValueError(f"an object has the key {_short(key)} twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        why = f"{line}column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError) as error:  # thousands of digits, brackets thousands deep
+        why = _one_line(error)
+    raise ValueError(f"{where}: malformed JSON ({why}); fix or remove it")
+
+
+def _problem(item, problem_key, answer_key):
+    """The problem in a row, its id "" where the row has none. Raises ValueError."""
     if not isinstance(item, dict):
-        raise ValueError(
-            f"a {type(item).__name__}, not an object with {problem_key!r} and {answer_key!r}"
-        )
+        raise ValueError(f"a {type(item).__name__}, not an object with a problem and its answer")
     for key, option in ((problem_key, "problem_key"), (answer_key, "answer_key")):
         if key not in item:
-            raise ValueError(
-                f"no {key!r} among its keys {_short(list(item), 300)}; add it or name the right {option}"
-            )
+            keys = _short(list(item), 300)
+            raise ValueError(f"no {key!r} among its keys {keys}; add it or name the right {option}")
     problem, answer, identity = item[problem_key], item[answer_key], item.get("id")
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError(f"{problem_key!r} must be a string with text in it, not {_short(problem)}")
     answers = [_answer(one) for one in (answer if isinstance(answer, list) else [answer])]
     if not answers or None in answers:
-        raise ValueError(
-            f"{answer_key!r} must be a string, a number or a list of those, and not empty; it is {_short(answer)}"
-        )
+        rule = "must be a string, a number or a list of those, and not empty"
+        raise ValueError(f"{answer_key!r} {rule}; it is {_short(answer)}")
     identity = str(identity) if isinstance(identity, (str, int, float)) else ""
-    try:
-        "".join([problem, identity, *answers]).encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            "a \\ud800 escape without its pair; no tokenizer takes it, remove it"
-        ) from None
-    return {
-        "id": identity,
-        "problem": problem,
-        "answer": answers if isinstance(answer, list) else answers[0],
-    }
+    if re.search("[\ud800-\udfff]", "".join([problem, identity, *answers])):
+        raise ValueError("a \\ud800 escape without its pair; no tokenizer takes it, remove it")
+    answer = answers if isinstance(answer, list) else answers[0]
+    return {"id": identity, "problem": problem, "answer": answer}
+
+
+def _answer(value):
+    """An answer as a string; None where it is none."""
+    if isinstance(value, str):
+        return value if value.strip() else None
+    number = type(value) is int or type(value) is float and math.isfinite(value)
+    return str(value) if number else None
+
+
+def _short(value, most=60):
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def split_held_out(problems: list[dict], n: int) -> tuple[list[dict], list[dict]]:
-    """(train, held_out), both in the given order. Which n are held out depends on the problems' texts alone, not on their order;
-    problems of one text stay together, so that there are fewer than n where copies do not fit. Raises ValueError."""
+    """(train, held_out), both in the given order. Which n are held out depends on the problems'
+    texts alone, not on their order; problems of one text stay together, so that there are fewer
+    than n where copies do not fit. Raises ValueError."""
     copies = Counter(problem["problem"] for problem in problems)
     held, count = set(), 0
     for text in sorted(copies, key=lambda text: hashlib.sha256(text.encode()).digest()):
@@ -217,139 +443,114 @@ def split_held_out(problems: list[dict], n: int) -> tuple[list[dict], list[dict]
             count += copies[text]
     if n < 0 or count == len(problems) or n > 0 and not count:
         raise ValueError(
-            f"cannot hold {n} of {len(problems)} problems out: at least one must be held out and one remain for training"
+            f"cannot hold {n} of {len(problems)} problems out: leave some on each side"
         )
-    return [p for p in problems if p["problem"] not in held], [
-        p for p in problems if p["problem"] in held
-    ]
+    train = [p for p in problems if p["problem"] not in held]
+    return train, [p for p in problems if p["problem"] in held]
 
 
-def _parse(text: str, where: str):
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        at = (
-            f"column {error.colno}"
-            if "line" in where.rpartition(", ")[2]
-            else f"line {error.lineno}"
-        )
-        raise ValueError(
-            f"{where}: malformed JSON at {at} ({error.msg}); fix or remove it"
-        ) from None
-    except KeyError as error:
-        raise ValueError(
-            f"{where}: an object has the key {_short(error.args[0])} twice; fix or remove it"
-        ) from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
-        raise ValueError(f"{where}: JSON that cannot be read; fix or remove it") from None
-
-
-def _object(pairs: list[tuple]) -> dict:
-    """A JSON object. Of two values under one key Python would take the second. Raises KeyError."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise KeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return found
-
-
-def _answer(value) -> str | None:
-    if isinstance(value, str) and value.strip():
-        return value
-    number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
-    number = number and not isinstance(value, bool)
-    return str(value) if number else None
-
-
-def _short(value, most=60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+def load_eval_data(name: str, data_dir: str | os.PathLike | None = None) -> list[dict]:
+    """Problems of a benchmark, of the toy's held-out split ("toy"), of a file, or of the hub's
+    OWNER/NAME. Raises ValueError."""
+    if name == "toy":
+        return toy.problems("test")
+    remote = "/" in name or Path(name).suffix
+    return load_problems(name) if remote else load_benchmark(name, data_dir)
 
 
 def load_benchmark(name: str, data_dir: str | os.PathLike | None = None) -> list[dict]:
-    """The problems of one of BENCHMARKS: from NAME.jsonl in data_dir or its benchmarks/ (default: $REMIX_DATA), else from SOURCE,
-    downloaded once by one process of the machine.
+    """The problems of one of BENCHMARKS: from NAME.jsonl in data_dir or its benchmarks/ (default:
+    $REMIX_DATA), else from SOURCE, downloaded once by one process of the machine.
 
-    Raises ValueError for an unknown name, a missing file, and one that does not hold exactly the benchmark's problems and answers:
-    scores under its name would not compare.
+    Raises ValueError for an unknown name, a missing file, and one that does not hold exactly the
+    benchmark's problems and answers: scores under its name would not compare.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
-    folder, n, (file, digest) = (
-        data_dir or os.environ.get("REMIX_DATA"),
-        BENCHMARKS[name],
-        SOURCES[name],
-    )
-    if folder:
-        paths = [Path(folder) / f"{name}.jsonl", Path(folder) / "benchmarks" / f"{name}.jsonl"]
+    n, (file, digest) = BENCHMARKS[name], SOURCES[name]
+    if folder := data_dir or os.environ.get("REMIX_DATA"):
+        paths = [Path(folder, f"{name}.jsonl"), Path(folder, "benchmarks", f"{name}.jsonl")]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
-            raise ValueError(
-                f"no {name}.jsonl in {folder} or its benchmarks folder: pass the --data_dir that has it, or none to download it"
-            )
+            raise ValueError(f"no {name}.jsonl in {folder}: pass another --data_dir, or none")
         problems = load_problems(path)
     else:
-        path = hub.public_file(f"{SOURCE}/{file}")
+        path = _public_file(f"{SOURCE}/{file}")
         problems = load_problems(path)[-n if name == "amc23" else 0 :]
         for row, problem in enumerate(problems):
             problem["id"] = f"{name}/{row}"
-    if len(problems) != n:
-        raise ValueError(
-            f"{path}: {len(problems)} problems, but {name} has {n}; get the whole file, or scores would not compare"
-        )
     if content(problems) != digest:
         raise ValueError(
-            f"{path}: its problems or answers are not those of {name} (checksum {content(problems)}, not {digest}): get it again, "
-            "or evaluate on it under its own name, as a file"
+            f"{path}: its {len(problems)} problems or answers are not those of {name}, which has "
+            f"{n}: get it again, or name it as a file"
         )
     return problems
 
 
 def content(problems: list[dict]) -> str:
     """A checksum of problems and answers, in their order, white space apart."""
-    rows = [
-        [
-            "".join(text.split())
-            for text in (
-                p["problem"],
-                *([p["answer"]] if isinstance(p["answer"], str) else p["answer"]),
-            )
-        ]
-        for p in problems
-    ]
+    rows = []
+    for p in problems:
+        answers = [p["answer"]] if isinstance(p["answer"], str) else p["answer"]
+        rows.append(["".join(text.split()) for text in (p["problem"], *answers)])
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-# -- prompts ----------------------------------------------------------------------------------------------------------
+def _public_file(name):
+    """The file OWNER/REPOSITORY/COMMIT/PATH of GitHub in HF_HOME, downloaded if need be
+    ($REMIX_MIRROR: from another server with the same paths). Raises ValueError."""
+    from filelock import FileLock
+    from huggingface_hub import constants
+
+    path = Path(constants.HF_HOME, "remix", *name.split("/"))
+    server = os.environ.get("REMIX_MIRROR", "https://raw.githubusercontent.com")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                return path
+            if constants.HF_HUB_OFFLINE:
+                raise OSError("HF_HUB_OFFLINE is set")
+            # torch.hub.download_url_to_file waits for ever for a server that says nothing
+            with urllib.request.urlopen(f"{server}/{name}", timeout=TIMEOUT) as answer:
+                aside = Path(f"{path}.tmp")
+                aside.write_bytes(answer.read())
+                aside.rename(path)
+    except Exception as error:  # OSError, HTTPException
+        raise ValueError(
+            f"{path.name} is not in HF_HOME, nor to be had from {server} ({_one_line(error)}): run "
+            "`python -m infra.data --benchmarks` with internet access and share HF_HOME, or pass "
+            "--data_dir"
+        ) from None
+    return path
+
+
+# -- prompts --------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: str | os.PathLike):
-    """The tokenizer of a model folder, or of a model by name. Padding defaults to eos. Raises ValueError."""
+    """The tokenizer of a model's folder. Padding defaults to eos. Raises ValueError."""
     from transformers import AutoTokenizer
 
+    # without any of these transformers would invent an empty one
     files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if os.path.isdir(folder) and not any((Path(folder) / name).exists() for name in files):
-        raise ValueError(
-            f"no tokenizer in {folder}: it needs one of {', '.join(files)}"
-        )  # transformers would invent an empty one
+    if not any(Path(folder, name).exists() for name in files):
+        raise ValueError(f"no tokenizer in {folder}: it needs one of {', '.join(files)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises half a dozen kinds here
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no tokenizer could be loaded from {folder}: {first}") from error
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer in {folder} has no eos token: responses could not end; set eos_token in its "
-            "tokenizer_config.json"
-        )
+        raise ValueError(f"{folder}: set eos_token in tokenizer_config.json: responses must end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def default_template(model_name_or_path: str, tokenizer) -> str:
-    """The template for a model: "plain" where the tokenizer has no chat format, "r1" for the R1 distillations and for
-    every chat format that opens <think> in the prompt (exports included, whatever their folder is called), else
-    "qwen-math", which asks of a chat model no more than a box."""
+    """The template for a model: "plain" where the tokenizer has no chat format, "r1" for the R1
+    distillations and for every chat format that opens <think> in the prompt (exports included,
+    whatever their folder is called), else "qwen-math", which asks no more than a box."""
     if not tokenizer.chat_template:
         return "plain"
     name = str(model_name_or_path).lower()
@@ -358,120 +559,104 @@ def default_template(model_name_or_path: str, tokenizer) -> str:
 
 
 def template_style(template: str) -> str:
-    """How reward.py judges responses under a template: STYLE_OF, "boxed" for a file. Raises ValueError for what is no template."""
+    """How reward.py judges responses under a template: STYLE_OF, "boxed" for a file. Raises
+    ValueError for what is no template."""
     _template(template)
     return STYLE_OF.get(template, "boxed")
 
 
 @lru_cache  # a file is read once, not once a problem
-def _template(template: str):
-    """TEMPLATES[template], or the same made of a file: a .json list of chat messages, else text as it stands. Raises ValueError."""
+def _template(template):
+    """TEMPLATES[template], or the same made of a file: a .json list of chat messages, else text as
+    it stands. Raises ValueError."""
     if template in TEMPLATES:
         return TEMPLATES[template]
     if not os.path.isfile(template):
-        raise ValueError(
-            f"unknown template {template!r}: choose one of {', '.join(TEMPLATES)}, or a file"
-        )
+        names = ", ".join(TEMPLATES)
+        raise ValueError(f"unknown template {template!r}: choose one of {names}, or a file")
     try:
         text = Path(template).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"template {template}: no readable UTF-8 text ({error})") from None
     chat = Path(template).suffix == ".json"
     messages = _parse(text, f"template {template}") if chat else [{"role": "", "content": text}]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict)
-        and m.keys() == {"role", "content"}
-        and all(isinstance(value, str) for value in m.values())
-        for m in messages
+    if not (
+        isinstance(messages, list)
+        and all(isinstance(m, dict) and m.keys() == {"role", "content"} for m in messages)
+        and all(isinstance(value, str) for m in messages for value in m.values())
+        and any("{problem}" in m["content"] for m in messages)
     ):
-        raise ValueError(
-            f'template {template}: must be a list of chat messages {{"role": "...", "content": "..."}}'
-        )
-    if not any("{problem}" in m["content"] for m in messages):
-        raise ValueError(
-            f"template {template}: holds no {{problem}}; write it where the problem shall stand"
-        )
+        form = 'text, or .json: a list of chat messages {"role": "...", "content": "..."}'
+        raise ValueError(f"template {template}: must be {form}, with {{problem}} in it")
 
     def fill(problem):
-        return [m | {"content": m["content"].replace("{problem}", problem)} for m in messages]
+        filled = [m | {"content": m["content"].replace("{problem}", problem)} for m in messages]
+        return filled if chat else filled[0]["content"]
 
-    return fill if chat else lambda problem: fill(problem)[0]["content"]
+    return fill
 
 
 def render(problem_text: str, tokenizer, template: str) -> str:
-    """The prompt as text; a template is a name in TEMPLATES or a file with {problem} in it: text, or .json for a list of chat
-    messages. Raises ValueError for an unknown template, a bad file, or one the tokenizer's chat format refuses."""
+    """The prompt as text; a template is a name in TEMPLATES or a file with {problem} in it: text,
+    or .json for a list of chat messages. Raises ValueError for an unknown template, a bad file, or
+    one the tokenizer's chat format refuses."""
     prompt = _template(template)(problem_text)
     if isinstance(prompt, str):
         return prompt
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"template {template!r} needs a chat template, which this tokenizer lacks: choose --template "
-            "plain"
-        )
     try:
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # jinja: some chat formats refuse a system message
+    except Exception as error:  # jinja: no chat format, or one that refuses a system message
         raise ValueError(
-            f"this tokenizer's chat template refuses template {template!r} ({error}): choose --template "
-            "plain"
+            f"this tokenizer's chat template refuses template {template!r} ({_one_line(error)}): "
+            "choose --template plain"
         ) from error
 
 
-def encode(problem_text: str, tokenizer, template: str) -> list[int]:
-    """The prompt as token ids. Raises what render does."""
-    return encode_prompts([{"problem": problem_text}], tokenizer, template, math.inf)[0][0][
-        "prompt_ids"
-    ]
+def encode(problems, folder, tokenizer, template, max_prompt, say, of="") -> tuple[list[dict], int]:
+    """The problems whose prompt has 1 to max_prompt tokens, each with its "prompt_ids" (list of
+    int), and the number of the others, which is said. The dicts given are not changed.
 
-
-def encode_prompts(
-    problems: list[dict], tokenizer, template: str, max_prompt: int
-) -> tuple[list[dict], int]:
-    """The problems whose prompt has at most max_prompt tokens, each with its "prompt_ids" (list of int), and the number
-    of the others. The dicts given are not changed. Raises ValueError if none remain, and what render does."""
+    folder: of the model; of: which problems, for the message. Raises ValueError if none remain or
+    the model lacks an id, and what render does.
+    """
     texts = [render(problem["problem"], tokenizer, template) for problem in problems]
-    short = [
-        i for i, text in enumerate(texts) if len(text) <= LONGEST_TOKEN * max_prompt
-    ]  # to tokenise 10 MB takes 19 s and 4 GB
-    chat = isinstance(
-        _template(template)(""), list
-    )  # chat formats write the special tokens themselves
-    ids = (
-        tokenizer([texts[i] for i in short], add_special_tokens=not chat, verbose=False)[
-            "input_ids"
-        ]
-        if short
-        else []
-    )
-    kept = [
-        {**problems[i], "prompt_ids": list(row)}
-        for i, row in zip(short, ids)
-        if 0 < len(row) <= max_prompt
-    ]
+    # to tokenise 10 MB takes 19 s and 4 GB
+    short = [i for i, text in enumerate(texts) if len(text) <= LONGEST_TOKEN * max_prompt]
+    # chat formats write the special tokens themselves
+    how = dict(add_special_tokens=isinstance(_template(template)(""), str), verbose=False)
+    ids = tokenizer([texts[i] for i in short], **how)["input_ids"] if short else []
+    kept = []
+    for i, row in zip(short, ids):
+        if 0 < len(row) <= max_prompt:
+            kept.append({**problems[i], "prompt_ids": list(row)})
+    skipped = len(problems) - len(kept)
     if not kept:
         raise ValueError(
-            f"none of {len(problems)} prompts has 1 to {max_prompt} tokens (the shortest: "
+            f"none of {skipped} prompts{of} has 1 to {max_prompt} tokens (the shortest: "
             f"{min(map(len, ids), default=0)}): raise --max_prompt or check --data"
         )
-    return kept, len(problems) - len(kept)
+    if skipped:
+        say(f"skipped {skipped} of {len(problems)} prompts{of}: above --max_prompt {max_prompt}")
+    largest = max(tokenizer.eos_token_id, *(max(problem["prompt_ids"]) for problem in kept))
+    if largest >= (vocabulary := _config(folder)["vocab_size"]):
+        mixed = f"the tokenizer's ids go up to {largest}, the model has {vocabulary}"
+        raise ValueError(f"{folder}: {mixed}: they are not of one model")
+    return kept, skipped
 
 
 class PromptStream:
     """An endless stream of problems, epoch after epoch, each in an order of its own.
 
-    It has no state: position i lies in epoch i // n, whose order comes from (seed, epoch) alone. So a run resumes with
-    nothing but a position, and every rank sees the same stream.
+    It has no state: position i lies in epoch i // n, whose order comes from (seed, epoch) alone. So
+    a run resumes with nothing but a position, and every rank sees the same stream.
     """
 
     def __init__(self, problems: list[dict], seed: int):
         if not problems:
             raise ValueError("a prompt stream needs at least one problem")
         self.problems, self.seed = problems, seed
-        self._order = (
-            -1,
-            [],
-        )  # the latest epoch and its order, kept because neighbours ask for the same one
+        # the latest epoch and its order, kept because neighbours ask for the same one
+        self._order = (-1, [])
 
     def take(self, start: int, count: int) -> list[tuple[int, dict]]:
         """(position, problem) for the positions start to start + count - 1."""
@@ -480,9 +665,35 @@ class PromptStream:
             epoch, row = divmod(position, len(self.problems))
             if self._order[0] != epoch:
                 order = list(range(len(self.problems)))
-                random.Random(f"{self.seed}/{epoch}").shuffle(
-                    order
-                )  # a str seed: the same on every machine
+                # a str seed: the same on every machine
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)
                 self._order = (epoch, order)
             taken.append((position, self.problems[self._order[1][row]]))
         return taken
+
+
+def main(argv=None):
+    """Fetch what is named into HF_HOME."""
+    parser = Parser(prog="python -m infra.data", description=main.__doc__)
+    parser.add_argument("--model", metavar="NAME", help="OWNER/NAME, or NAME of a known owner")
+    parser.add_argument("--data", metavar="NAME", help="OWNER/NAME, or OWNER/NAME/CONFIG")
+    parser.add_argument("--split", default="train", help="split of --data [train]")
+    parser.add_argument("--benchmarks", action="store_true", help="the benchmarks of eval.py")
+    try:
+        args = parser.parse_args(argv)
+        if not (args.model or args.data or args.benchmarks):
+            raise ValueError("nothing to fetch: give --model NAME, --data NAME or --benchmarks")
+        if args.model:
+            print(f"{args.model}: {model_folder(args.model)}")
+        if args.data:
+            rows = hub_rows(args.data, args.split)
+            columns = ", ".join(rows.column_names)
+            print(f"{args.data}: {len(rows)} rows in split {args.split}, columns {columns}")
+        for name in BENCHMARKS if args.benchmarks else ():
+            print(f"{name}: {len(load_benchmark(name))} problems")
+    except ValueError as error:
+        exit_bad_input(error)
+
+
+if __name__ == "__main__":
+    main()

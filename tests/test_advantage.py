@@ -21,7 +21,7 @@ def t(*values):
 
 
 def batch(seed, rows=4, length=6):
-    """rewards, values, logp_old, logp_behavior, mask; (B, T) each, with an empty row and a full one."""
+    """rewards, values, logp_old, logp_behavior, mask, (B, T) each; an empty row and a full one."""
     g = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(rows, length, generator=g, dtype=F64) for _ in range(4)]
     lengths = torch.randint(0, length + 1, (rows,), generator=g)
@@ -33,25 +33,20 @@ def batch(seed, rows=4, length=6):
 
 
 def slow(rewards, values, trace, gamma, lam):
-    """A_t = Σ_{j ≥ t} (γλ)^(j−t) · Π_{m = t+1 … j} c̄_m · δ_j and c̄_t·A_t + V_t, for lists of one response."""
-    n = len(rewards)
-    delta = [
-        rewards[j] + (gamma * values[j + 1] if j + 1 < n else 0.0) - values[j] for j in range(n)
-    ]
-    advantages = [
-        sum(
-            (gamma * lam) ** (j - s) * math.prod(trace[s + 1 : j + 1]) * delta[j]
-            for j in range(s, n)
-        )
-        for s in range(n)
-    ]
-    return advantages, [trace[s] * advantages[s] + values[s] for s in range(n)]
+    """A_t = Σ_{j ≥ t} (γλ)^(j−t) · Π_{m = t+1 … j} c̄_m · δ_j, and c̄_t·A_t + V_t. Lists."""
+    delta = [r + gamma * v - u for r, v, u in zip(rewards, [*values[1:], 0.0], values)]
+    advantages = []
+    for s in range(len(delta)):
+        terms = [
+            (gamma * lam) ** j * math.prod(trace[s + 1 : s + 1 + j]) for j in range(len(delta))
+        ]
+        advantages.append(sum(term * d for term, d in zip(terms, delta[s:])))
+    return advantages, [c * a + v for c, a, v in zip(trace, advantages, values)]
 
 
 def slow_batch(rewards, values, trace, mask, gamma, lam):
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    for b in range(len(rewards)):
-        n = int(mask[b].sum())
+    for b, n in enumerate(mask.sum(1).int().tolist()):
         a, r = slow(*(x[b, :n].tolist() for x in (rewards, values, trace)), gamma, lam)
         advantages[b, :n], returns[b, :n] = torch.tensor(a, dtype=F64), torch.tensor(r, dtype=F64)
     return advantages, returns
@@ -71,7 +66,7 @@ def test_gae_is_the_double_sum(seed, gamma, lam):
 
 def test_gae_by_hand():
     rewards, values, mask = t(0.0, 0.0, 1.0, 7.0), t(0.5, 0.6, 0.8, 7.0), t(1.0, 1.0, 1.0, 0.0)
-    # γ = 0.5, λ = 0.5: δ = (0.3 − 0.5, 0.4 − 0.6, 1 − 0.8) = (−0.2, −0.2, 0.2); the value of the padding is not used
+    # γ = λ = 0.5: δ = (0.3 − 0.5, 0.4 − 0.6, 1 − 0.8) = (−0.2, −0.2, 0.2); not the padding's value
     advantages, returns = gae(rewards, values, mask, 0.5, 0.5)
     close(advantages, t(-0.2 + 0.25 * -0.15, -0.2 + 0.25 * 0.2, 0.2, 0.0))
     close(returns, t(0.2625, 0.45, 1.0, 0.0))
@@ -102,11 +97,7 @@ def test_gae_at_the_ends_of_lambda():
 )
 def test_vtrace_is_the_double_sum(seed, gamma, lam, c_bar):
     rewards, values, old, behavior, mask = batch(seed)
-    trace = [
-        min(c_bar, math.exp(o) / math.exp(b))
-        for o, b in zip(old.flatten().tolist(), behavior.flatten().tolist())
-    ]
-    trace = torch.tensor(trace, dtype=F64).reshape(old.shape)
+    trace = torch.minimum(old.exp() / behavior.exp(), torch.tensor(c_bar, dtype=F64))
     expected = slow_batch(rewards, values, trace, mask, gamma, lam)
     for got, want in zip(vtrace(rewards, values, old, behavior, mask, gamma, lam, c_bar), expected):
         close(got, want)
@@ -123,7 +114,7 @@ def test_vtrace_equals_gae_when_behavior_is_old(seed, gamma, lam):
 
 
 def test_vtrace_by_hand():
-    """c = (1/2, 1/4, 2 → 1), γ = λ = 1, reward 1 at the end, V = (0.1, 0.2, 0.4): δ = (0.1, 0.2, 0.6)."""
+    """c = (1/2, 1/4, 2 → 1), γ = λ = 1, reward 1 at the end: δ = (0.1, 0.2, 0.6)."""
     rewards, values, mask = t(0.0, 0.0, 1.0), t(0.1, 0.2, 0.4), t(1.0, 1.0, 1.0)
     behavior = t(-1.0, -1.0, -1.0)
     old = behavior + t(0.5, 0.25, 2.0).log()
@@ -135,12 +126,10 @@ def test_vtrace_by_hand():
 
 
 def test_vtrace_does_not_overflow():
-    rewards, values, mask = torch.ones(1, 3), torch.zeros(1, 3), torch.ones(1, 3)
+    ones, zeros = torch.ones(1, 3), torch.zeros(1, 3)
     for c_bar in (1.0, math.inf):
         for gap in (1e4, -1e4):
-            out = vtrace(
-                rewards, values, torch.full((1, 3), gap), torch.zeros(1, 3), mask, c_bar=c_bar
-            )
+            out = vtrace(ones, zeros, gap * ones, zeros, ones, c_bar=c_bar)
             assert all(torch.isfinite(x).all() for x in out)
 
 
@@ -153,36 +142,23 @@ def test_padding_touches_nothing_and_comes_out_0(junk):
     dirty = [torch.where(mask != 0, x, junk) for x in clean]
     dirty[1] = torch.where(mask != 0, clean[1], -junk)  # inf − inf as well
     for function, n in ((gae, 2), (vtrace, 4)):
-        for got, want in zip(
-            function(*dirty[:n], mask, 0.9, 0.8), function(*clean[:n], mask, 0.9, 0.8)
-        ):
-            assert (
-                torch.equal(got, want)
-                and (got[mask == 0] == 0).all()
-                and (got[mask != 0] != 0).all()
-            )
+        found = function(*dirty[:n], mask, 0.9, 0.8)
+        for got, want in zip(found, function(*clean[:n], mask, 0.9, 0.8)):
+            assert torch.equal(got, want)
+            assert not got[mask == 0].any() and got[mask != 0].all()
 
 
 def test_more_padding_and_other_rows_change_nothing():
     *inputs, mask = batch(5)
-    padded = [torch.cat([x, torch.full((4, 3), math.nan, dtype=F64)], 1) for x in inputs]
-    longer = torch.cat([mask, torch.zeros(4, 3, dtype=F64)], 1)
-    order = torch.tensor([2, 0, 3, 1])
+    padded = [torch.nn.functional.pad(x, (0, 3), value=math.nan) for x in inputs]
+    longer = torch.nn.functional.pad(mask, (0, 3))
     for function, n in ((gae, 2), (vtrace, 4)):
         want = function(*inputs[:n], mask)
-        assert all(
-            torch.equal(a[:, :6], b) and not a[:, 6:].any()
-            for a, b in zip(function(*padded[:n], longer), want)
-        )
-        permuted = function(*(x[order] for x in inputs[:n]), mask[order])
-        assert all(torch.equal(a, b[order]) for a, b in zip(permuted, want))
-        for b in range(4):  # one response at a time
-            assert all(
-                torch.equal(x, y[b : b + 1])
-                for x, y in zip(
-                    function(*(x[b : b + 1] for x in inputs[:n]), mask[b : b + 1]), want
-                )
-            )
+        for got, wanted in zip(function(*padded[:n], longer), want):
+            assert torch.equal(got[:, :6], wanted) and not got[:, 6:].any()
+        for order in ([2, 0, 3, 1], [0], [1], [2], [3]):  # also one response at a time
+            found = function(*(x[order] for x in inputs[:n]), mask[order])
+            assert all(torch.equal(got, wanted[order]) for got, wanted in zip(found, want))
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])

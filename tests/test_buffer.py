@@ -1,4 +1,4 @@
-"""buffer.py against a plain model, and the distribution of its draws."""
+"""buffer.py: the ring against a plain model, the distribution of its draws; Sample and Batch."""
 
 import collections
 import copy
@@ -6,6 +6,7 @@ import itertools
 import random
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,38 +15,42 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from buffer import RingBuffer
+from buffer import Batch, RingBuffer, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def make_group(version, prompt, n=2):
-    return [
-        {"version": version, "prompt": prompt, "logp": torch.tensor([0.5 * i, 1.0])}
-        for i in range(n)
-    ]
+def make_sample(version=0, prompt_index=0, length=2, **more):
+    fixed = dict(prompt=torch.arange(3), response=torch.arange(length), truncated=False, answer="5")
+    logp = torch.arange(length) / -2
+    return Sample(version=version, prompt_index=prompt_index, logp_sampler=logp, **fixed, **more)
 
 
 def filled(window, versions, groups_each):
+    """A buffer of groups that name their version and prompt: it never looks inside one."""
     buffer = RingBuffer(window)
     for version in versions:
-        buffer.push(version, [make_group(version, prompt) for prompt in range(groups_each)])
+        buffer.push(version, [[(version, prompt)] for prompt in range(groups_each)])
     return buffer
 
 
 def ids(groups):
-    return [(group[0]["version"], group[0]["prompt"]) for group in groups]
+    return [group[0] for group in groups]
 
 
-# ---- model: everything ever pushed stays in a deque; the contract's inequality says what may be drawn
+def drawn_versions(buffer, version, seed=0, weights=None):
+    return sorted({v for v, _ in ids(buffer.sample(99, version, random.Random(seed), weights))})
+
+
+# ---- model: all that was ever pushed stays in a list; the contract's inequality says what is drawn
 
 
 class BufferMachine(RuleBasedStateMachine):
     @initialize(window=st.integers(0, 4))
     def start(self, window):
         self.window, self.buffer = window, RingBuffer(window)
-        self.pushed = collections.deque()  # (version, prompt) of every group, never evicted
-        self.step = 0  # training steps completed; the next push is of this version at least
+        self.pushed = []  # (version, prompt) of every group, never evicted
+        self.step = 0  # the next push is of this version at least
 
     def drawable(self, version):
         return [(v, prompt) for v, prompt in self.pushed if 0 < version - v <= self.window]
@@ -53,10 +58,10 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(n_groups=st.integers(0, 4), skip=st.integers(0, 2), n=st.integers(1, 3))
     def push(self, n_groups, skip, n):
         version = self.step + skip
-        groups = [make_group(version, prompt, n) for prompt in range(n_groups)]
+        groups = [[(version, prompt)] * n for prompt in range(n_groups)]
         self.buffer.push(version, groups)
         groups.append("the caller's list is the caller's")
-        self.pushed.extend((version, prompt) for prompt in range(n_groups))
+        self.pushed += [(version, prompt) for prompt in range(n_groups)]
         self.step = version + 1
 
     @rule(
@@ -80,7 +85,7 @@ class BufferMachine(RuleBasedStateMachine):
             return
         before = ids(self.buffer.sample(99, self.step, random.Random(0)))
         with pytest.raises(ValueError, match="newer"):
-            self.buffer.push(newest + 1 - back, [make_group(newest + 1 - back, 0)])
+            self.buffer.push(newest + 1 - back, [[(newest + 1 - back, 0)]])
         assert ids(self.buffer.sample(99, self.step, random.Random(0))) == before
 
     @rule(deep=st.booleans())
@@ -94,9 +99,8 @@ class BufferMachine(RuleBasedStateMachine):
         held = self.drawable(self.step)
         assert len(self.buffer) == len(held)
         assert self.buffer.versions() == sorted({v for v, _ in held})
-        assert sorted(
-            ids(self.buffer.sample(len(held) + 5, self.step, random.Random(1)))
-        ) == sorted(held)
+        drawn = self.buffer.sample(len(held) + 5, self.step, random.Random(1))
+        assert sorted(ids(drawn)) == sorted(held)
 
 
 TestBufferMachine = BufferMachine.TestCase
@@ -107,31 +111,24 @@ TestBufferMachine.settings = settings(deadline=None, max_examples=60, stateful_s
 
 
 def test_window_of_2_draws_from_the_last_two_versions():
-    buffer = RingBuffer(2)
-    seen = []
+    buffer, seen = RingBuffer(2), []
     for k in range(5):
-        seen.append(sorted({v for v, _ in ids(buffer.sample(100, k, random.Random(k)))}))
-        buffer.push(k, [make_group(k, prompt) for prompt in range(3)])
+        seen.append(drawn_versions(buffer, k))
+        buffer.push(k, [[(k, prompt)] for prompt in range(3)])
     assert seen == [[], [0], [0, 1], [1, 2], [2, 3]]
     assert buffer.versions() == [3, 4] and len(buffer) == 6
 
 
 def test_gaps_between_versions_age_as_well():
     buffer = filled(3, [0, 1, 2], 1)
-    assert [sorted(ids(buffer.sample(9, k, random.Random(0)))) for k in (3, 4, 5, 6)] == [
-        [(0, 0), (1, 0), (2, 0)],
-        [(1, 0), (2, 0)],
-        [(2, 0)],
-        [],
-    ]
-    buffer.push(4, [make_group(4, 0)])
+    assert [drawn_versions(buffer, k) for k in (3, 4, 5, 6)] == [[0, 1, 2], [1, 2], [2], []]
+    buffer.push(4, [[(4, 0)]])
     assert buffer.versions() == [2, 4]
 
 
 def test_a_version_is_never_drawn_in_its_own_step_or_before():
     buffer = filled(3, [4, 5], 2)
-    assert ids(buffer.sample(9, 4, random.Random(0))) == []
-    assert {v for v, _ in ids(buffer.sample(9, 5, random.Random(0)))} == {4}
+    assert drawn_versions(buffer, 4) == [] and drawn_versions(buffer, 5) == [4]
 
 
 def test_empty_push_evicts_and_holds_nothing():
@@ -144,47 +141,16 @@ def test_empty_push_evicts_and_holds_nothing():
 
 
 def test_groups_come_back_whole_and_as_the_same_objects():
-    group = make_group(0, 0, n=8)
+    """Whatever they are: what the trainer notes in a sample stays with it."""
+    group, text = [make_sample() for _ in range(8)], "a group of anything"
     buffer = RingBuffer(1)
-    buffer.push(0, [group])
-    (drawn,) = buffer.sample(1, 1, random.Random(0))
-    assert drawn is group and len(drawn) == 8
-    drawn[3]["logp_base"] = torch.zeros(2)  # what the trainer caches stays
-    assert "logp_base" in buffer.sample(1, 1, random.Random(0))[0][3]
-
-
-def test_sampling_leaves_the_buffer_as_it_was():
-    buffer = filled(2, [0, 1], 3)
-    drawn = buffer.sample(6, 2, random.Random(0))
+    buffer.push(0, [group, text])
+    drawn = buffer.sample(2, 1, random.Random(0))
+    assert any(one is group for one in drawn) and any(one is text for one in drawn)
+    group[3].logp_base = torch.zeros(2)
     drawn.clear()
-    assert len(buffer) == 6 and len(buffer.sample(6, 2, random.Random(0))) == 6
-
-
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    "groups", [[[]], [None], [make_group(0, 0)[0]], [[1]], [make_group(0, 0) + [None]], [()]]
-)
-def test_a_group_must_be_a_non_empty_list_of_dicts(groups):
-    buffer = filled(2, [0], 1)
-    with pytest.raises(ValueError, match="non-empty list"):
-        buffer.push(1, [[{"x": 0}], *groups])
-    assert buffer.versions() == [0] and len(buffer) == 1
-
-
-def test_versions_must_rise_and_agree_with_the_samples():
-    buffer = filled(3, [5], 1)
-    for version in (5, 4, -1):
-        with pytest.raises(ValueError, match="newer"):
-            buffer.push(version, [[{"x": 0}]])
-    with pytest.raises(ValueError, match="version 6 was pushed as version 7"):
-        buffer.push(7, [make_group(7, 0), make_group(7, 1) + make_group(6, 1)])
-    assert buffer.versions() == [5]
-    buffer.push(
-        6, [[{"version": torch.tensor(6)}], [{"x": 0}]]
-    )  # a tensor will do, and so does no version
-    assert len(buffer) == 3
+    (again,) = [one for one in buffer.sample(2, 1, random.Random(1)) if one is group]
+    assert len(buffer) == 2 and again[3].logp_base is not None
 
 
 def test_bad_numbers_are_refused():
@@ -199,7 +165,7 @@ def test_bad_numbers_are_refused():
             buffer.sample(1, 2, random.Random(0), {1: 1.0, 2: weight})
 
 
-# ---- the distribution of draws: chi-square with a fixed rng, so never flaky; bounds are the 99.9 % points
+# ---- the distribution of draws: chi-square with a fixed rng; bounds are the 99.9 % points
 
 
 def chi_square(counts, expected):
@@ -208,112 +174,92 @@ def chi_square(counts, expected):
 
 @pytest.mark.parametrize("weights", [None, {1: 2.0, 2: 2.0, 3: 2.0}])
 def test_draws_are_uniform_over_all_groups(weights):
-    buffer = RingBuffer(3)
-    for version, n in enumerate([1, 5, 6]):  # uneven: uniform over groups, not over versions
-        buffer.push(version, [make_group(version, prompt) for prompt in range(n)])
-    rng, first, included, trials = (
-        random.Random(0),
-        collections.Counter(),
-        collections.Counter(),
-        6000,
-    )
+    buffer, sizes = RingBuffer(3), [1, 5, 6]  # uneven: uniform over groups, not over versions
+    for version, n in enumerate(sizes):
+        buffer.push(version, [[(version, prompt)] for prompt in range(n)])
+    rng, trials = random.Random(0), 6000
+    first, included = collections.Counter(), collections.Counter()
     for _ in range(trials):
         drawn = ids(buffer.sample(4, 3, rng, weights))
         first[drawn[0]] += 1
         included.update(drawn)
-    every = [(version, prompt) for version, n in enumerate([1, 5, 6]) for prompt in range(n)]
+    every = [(version, prompt) for version, n in enumerate(sizes) for prompt in range(n)]
     assert chi_square(first, {key: trials / 12 for key in every}) < 31.3  # 11 degrees of freedom
     assert chi_square(included, {key: trials * 4 / 12 for key in every}) < 31.3
-    assert sum(included.values()) == 4 * trials
 
 
 def test_weights_are_of_the_age_and_draws_without_replacement_follow_them():
     buffer, weights = filled(3, [0, 1, 2], 1), {1: 5.0, 2: 3.0, 3: 2.0}  # version 2 has age 1
     weight = {2: 0.5, 1: 0.3, 0: 0.2}
-    rng, pairs, trials = random.Random(1), collections.Counter(), 8000
+    rng, pairs, trials, expected = random.Random(1), collections.Counter(), 8000, {}
     for _ in range(trials):
         pairs[tuple(v for v, _ in ids(buffer.sample(2, 3, rng, weights)))] += 1
-    expected = {
-        (a, b): trials * weight[a] * weight[b] / (1 - weight[a])
-        for a, b in itertools.permutations(weight, 2)
-    }
+    for a, b in itertools.permutations(weight, 2):
+        expected[a, b] = trials * weight[a] * weight[b] / (1 - weight[a])
     assert chi_square(pairs, expected) < 20.5  # 5 degrees of freedom
 
 
-def test_weight_0_or_none_is_never_drawn():
+def test_weight_0_or_none_is_never_drawn_and_ages_move_with_the_step():
     buffer = filled(3, [0, 1, 2], 2)
     for weights in ({1: 1.0, 2: 0.0}, {1: 1e-300}, {1: 1e300}):
         for seed in range(20):
-            assert {v for v, _ in ids(buffer.sample(6, 3, random.Random(seed), weights))} == {2}
-    assert buffer.sample(6, 3, random.Random(0), {}) == []
-
-
-def test_weights_of_ages_do_not_move_with_the_step():
-    buffer = filled(3, [0, 1, 2], 2)
-    assert {v for v, _ in ids(buffer.sample(6, 3, random.Random(0), {2: 1.0}))} == {1}
-    assert {v for v, _ in ids(buffer.sample(6, 4, random.Random(0), {2: 1.0}))} == {2}
-
-
-# ---- determinism and state
+            assert drawn_versions(buffer, 3, seed, weights) == [2]
+    assert drawn_versions(buffer, 3, weights={}) == []
+    assert drawn_versions(buffer, 3, weights={2: 1.0}) == [1]
+    assert drawn_versions(buffer, 4, weights={2: 1.0}) == [2]
 
 
 def test_draws_depend_on_contents_and_rng_only():
-    for weights in (None, {1: 3.0, 2: 1.0}):
-        draws = []
-        for _ in range(2):  # as two ranks would
-            buffer, rng = filled(2, [0, 1, 2], 7), random.Random(11)
-            draws.append([ids(buffer.sample(5, 3, rng, weights)) for _ in range(4)])
-        assert draws[0] == draws[1]
-        assert len({tuple(draw) for draw in draws[0]}) > 1  # the rng moves on between draws
-
-
-def test_draws_are_the_same_in_another_process():
+    """In other processes too, whatever their hash seed."""
     code = (
-        "import random; from buffer import RingBuffer\n"
-        "b = RingBuffer(2)\n"
-        "for v in range(3): b.push(v, [[{'version': v, 'prompt': f'p{i}'}] for i in range(9)])\n"
-        "for w in (None, {1: 3.0, 2: 1.0}):\n"
-        "    print([(g[0]['version'], g[0]['prompt']) for g in b.sample(8, 3, random.Random(5), w)])\n"
+        "import random; from buffer import RingBuffer; b, rng = RingBuffer(2), random.Random(5)\n"
+        "for v in range(3): b.push(v, [[f'{v} {i}'] for i in range(9)])\n"
+        "for w in (None, {1: 3.0, 2: 1.0}, None): print(b.sample(8, 3, rng, w))\n"
     )
-    outputs = set()
-    for seed in ("0", "1", "2"):
-        env = {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
-        outputs.add(
-            subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env, text=True)
-        )
-    assert len(outputs) == 1 and outputs.pop().count("p") == 16
+    command = [sys.executable, "-B", "-c", code]
+    outputs = []
+    for seed in "012":
+        env = {"PYTHONHASHSEED": seed}
+        outputs.append(subprocess.check_output(command, cwd=ROOT, env=env, text=True))
+    lines = outputs[0].splitlines()
+    assert outputs == outputs[:1] * 3 and lines[0].count("[") == 9
+    assert lines[0] != lines[2]  # the rng moves on
+
+
+# ---- state
 
 
 @pytest.mark.parametrize("weights", [None, {1: 3.0, 2: 1.0}])
 def test_state_survives_torch_save(tmp_path, weights):
-    buffer = filled(2, [3, 4, 5], 6)
+    """Samples with every kind of value, read without running anything of the file."""
+    buffer, logp = RingBuffer(2), torch.tensor([-0.1, -3.0])
+    for v in (3, 4, 5):
+        judged = make_sample(v, 7, reward=1.0, said="5", reflects=True, logp_behavior=logp)
+        other = make_sample(v, 8, reason="no_box", logp_base=logp)
+        buffer.push(v, [[judged, other], *([make_sample(v, i)] for i in range(5))])
     torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
     restored = RingBuffer(2)
-    restored.push(9, [make_group(9, 0)])  # replaced, not added to
-    restored.load_state_dict(
-        torch.load(tmp_path / "buffer.pt", weights_only=True)
-    )  # plain: lists, dicts, tensors
+    restored.push(9, [[make_sample(9)]])  # replaced, not added to
+    restored.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
     assert restored.versions() == buffer.versions() == [4, 5] and len(restored) == 12
-    for a, b in zip(
-        *(x.sample(9, 6, random.Random(2), weights) for x in (buffer, restored)), strict=True
-    ):
-        assert ids([a]) == ids([b]) and all(
-            torch.equal(x["logp"], y["logp"]) for x, y in zip(a, b, strict=True)
-        )
+    draws = [each.sample(9, 6, random.Random(2), weights) for each in (buffer, restored)]
+    for a, b in zip(*map(itertools.chain.from_iterable, draws), strict=True):
+        assert type(b) is Sample
+        for field in fields(Sample):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+            assert torch.equal(x, y) and x.dtype == y.dtype if both else x == y
 
 
 def test_state_is_a_picture_of_its_time():
     buffer = filled(2, [0], 2)
     state = buffer.state_dict()
-    buffer.push(1, [make_group(1, 0)])
+    buffer.push(1, [[(1, 0)]])
     assert [version for version, _ in state["entries"]] == [0] and state["window"] == 2
-    state["entries"][0][1].clear()
-    assert len(buffer) == 3
     other = RingBuffer(2)
-    state = buffer.state_dict()
     other.load_state_dict(state)
     state["entries"][0][1].clear()
-    assert len(other) == 3
+    assert len(buffer) == 3 and len(other) == 2
 
 
 def test_the_window_of_the_loading_buffer_holds():
@@ -328,7 +274,67 @@ def test_the_window_of_the_loading_buffer_holds():
 def test_a_bad_state_leaves_the_buffer_as_it_was():
     buffer = filled(2, [0], 2)
     with pytest.raises(ValueError):
-        buffer.load_state_dict(
-            {"window": 2, "entries": [(3, [make_group(3, 0)]), (3, [make_group(3, 1)])]}
-        )
+        buffer.load_state_dict({"window": 2, "entries": [(3, [[(3, 0)]]), (3, [[(3, 1)]])]})
     assert buffer.versions() == [0] and len(buffer) == 2
+
+
+# ---- Sample and Batch
+
+
+@pytest.mark.parametrize("name", ["logp_old", "logp_prev", "values", "advantages", "returns"])
+def test_nothing_of_one_step_can_be_left_in_a_sample(name):
+    with pytest.raises(AttributeError):
+        setattr(make_sample(), name, torch.zeros(2))
+    batch, group = Batch([], [[sample := make_sample()]]), torch.zeros(2)
+    batch[name] = [group]
+    assert name not in sample.plain() and batch.has(name) and not Batch([], [[sample]]).has(name)
+
+
+def make_batch():
+    """Two fresh groups of 2, and a past one of 1; lengths 2, 3, 1, 4, 2."""
+    fresh = [
+        [make_sample(6, 0, 2, reward=1.0), make_sample(6, 0, 3)],
+        [make_sample(6, 1, 1), make_sample(6, 1, 4)],
+    ]
+    return Batch(fresh, [[make_sample(5, 9, 2, reward=0.5)]])
+
+
+def test_a_batch_holds_fresh_groups_then_history():
+    batch = make_batch()
+    assert batch.fresh == 4 and batch.groups == [[0, 1], [2, 3], [4]]
+    assert batch["group"] == [0, 0, 1, 1, 2] and batch["is_fresh"] == [True] * 4 + [False]
+    assert batch["version"] == [6, 6, 6, 6, 5] and batch["reward"] == [1.0, 0, 0, 0, 0.5]
+    assert not Batch([], []).samples and Batch([], []).groups == []
+    with pytest.raises(AttributeError):
+        batch["logp_old"]
+
+
+def test_columns_are_padded_by_name():
+    batch = make_batch()
+    batch["values"] = [torch.full((len(s.response),), float("1")) for s in batch.samples]
+    found = batch.padded(("values", "logp_sampler", "reward", "group", "is_fresh"), [3, 0, 4])
+    assert found["mask"].tolist() == [[True] * 4, [True, True, False, False]] + [
+        [True, True, False, False]
+    ]
+    assert torch.equal(found["values"], found["mask"].float())
+    assert found["logp_sampler"].tolist() == [[0, -0.5, -1, -1.5], [0, -0.5, 0, 0], [0, -0.5, 0, 0]]
+    assert found["reward"].tolist() == [[0.0], [1.0], [0.5]]
+    assert found["group"].tolist() == [[1], [0], [2]]
+    assert found["is_fresh"].tolist() == [[True], [True], [False]]
+    assert batch.padded(("version",))["version"].tolist() == [[6], [6], [6], [6], [5]]
+    assert batch["values"][0].shape == (2,)  # the column itself is as it was
+
+
+def test_no_row_is_one_masked_position_of_every_column():
+    found = make_batch().padded(("logp_sampler", "reward", "is_fresh"), [])
+    assert found["mask"].tolist() == [[False]] and found["logp_sampler"].tolist() == [[0.0]]
+    assert set(found) == {"logp_sampler", "reward", "is_fresh", "mask"}
+    assert not (found["mask"] & found["is_fresh"].bool()).any()
+
+
+def test_the_gap_is_of_the_fresh_tokens():
+    batch = make_batch()
+    for sample in batch.samples:
+        sample.logp_behavior = sample.logp_sampler + 0.25 * (-1) ** len(sample.response)
+    batch.samples[4].logp_behavior = torch.full((2,), 99.0)
+    torch.testing.assert_close(batch.gap(), torch.full((10,), 0.25))

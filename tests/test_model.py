@@ -1,6 +1,5 @@
-"""model.py and checkpoint.py against slow, unsharded, unpadded computations; FSDP2 for real, at one and two ranks."""
+"""model.py against slow, unsharded, unpadded computations; FSDP2 for real, at one and two ranks."""
 
-import copy
 import json
 import math
 
@@ -9,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_checkpoint import equal
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from workers import LAM, UPDATES, VERSION, VOCAB, config, history, tiny_model, value_weight
+from workers import LAM, UPDATES, VERSION, VOCAB, config, tiny_model, value_weight
 
 from conftest import command
-from infra.checkpoint import pack, unpack
 from loss import kl_convex, mix_ppg, value_loss
 from model import Critic, Policy, collate, deal
 
@@ -297,7 +296,7 @@ def test_critic(folder):
 
 @pytest.fixture(scope="module")
 def seen(folder):
-    """world -> [what rank 0 saw, what rank 1 saw]. World 2 first: world 1 loads its checkpoint."""
+    """world -> [what rank 0 saw, what rank 1 saw]. """
     for world in (2, 1):
         done = command("tests/workers.py", "learner", folder, ranks=world)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -534,109 +533,3 @@ def test_export_in_the_type_of_training(seen, folder, world):
         for s, logp in zip(torch.load(folder / "samples-tied.pt"), found["logp"])
     ]
     assert torch.cat(gaps).abs().mean() < 0.02
-
-
-# ---- checkpoints
-
-
-def equal(a, b):
-    """Nested dicts, lists and tuples (a tuple is a list) with tensors, compared to the bit."""
-    if isinstance(a, dict):
-        return (
-            isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-        )
-    if isinstance(a, (list, tuple)):
-        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(equal, a, b))
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    return type(a) is type(b) and a == b
-
-
-def test_checkpoint_brings_back_every_bit(seen, folder):
-    """Parameters, moments, step counts, learning rates, snapshots, history; at as many ranks as wrote it and at one."""
-    saved, samples = seen[2][0]["checkpoints"]["saved"], torch.load(folder / "samples-untied.pt")
-    assert any(
-        key.endswith("/exp_avg_sq") and value.any() for key, value in saved["critic"].items()
-    )
-    assert all(value == 2 for key, value in saved["policy"].items() if key.endswith("/step"))
-    for found in [rank["checkpoints"] for world in (1, 2) for rank in seen[world]]:
-        assert found["step"] == 10 and found["newest"].name == "step_000010"
-        assert equal(found["loaded"], saved) and set(saved) == {"policy", "critic", "base", "prev"}
-        assert equal(found["buffer"], {"window": 3, "entries": history(samples)})
-        for name in ("base", "prev"):
-            assert any(
-                not torch.equal(a, b)
-                for a, b in zip(saved[name].values(), saved["policy"].values())
-            )
-
-
-def test_training_goes_on_after_a_checkpoint_as_without_it(seen):
-    for rank in seen[2]:
-        found = rank["checkpoints"]
-        assert equal(found["loaded continued"], found["continued"]) and not equal(
-            found["continued"], found["saved"]
-        )
-    one, two = seen[1][0]["checkpoints"]["loaded continued"], seen[2][0]["checkpoints"]["continued"]
-    for name in one:
-        for key in one[name]:
-            assert (one[name][key] - two[name][key]).abs().max() < 1e-3
-
-
-def test_a_full_disk_is_one_line_on_every_rank_and_the_last_checkpoint_stands(seen):
-    """Here a limit of file size for one rank: rank 1 in the sharded part, rank 0 in a save and in an export."""
-    for rank in seen[2]:
-        found = rank["checkpoints"]
-        assert found["newest after a full disk"].name == "step_000010"
-        shards, save, export = found["full disk"]
-        for text, who, what in (
-            (shards, 1, "step_000011.tmp"),
-            (save, 0, "step_000011.tmp"),
-            (export, 0, "full.tmp"),
-        ):
-            assert f"rank {who} could not write " in text and what in text and "\n" not in text
-            assert "short write, as on a full disk" in text or "File too large" in text
-    assert seen[2][0]["checkpoints"]["full disk"] == seen[2][1]["checkpoints"]["full disk"]
-
-
-def test_old_checkpoints_go_and_half_written_ones_do_not_count(seen):
-    found = seen[2][0]["checkpoints"]
-    assert found["newest before"] is None
-    steps = {
-        3: ["step_000003"],
-        5: ["step_000003", "step_000005"],
-        10: ["step_000005", "step_000010"],
-    }
-    for step, names in steps.items():
-        assert found[f"folders after {step}"] == names + ["step_000099.tmp"]
-
-
-some_tensor = st.builds(
-    lambda dtype, values: torch.tensor(values, dtype=getattr(torch, dtype)),
-    st.sampled_from(["float32", "float64", "int64", "bool", "bfloat16"]),
-    st.lists(st.booleans()),
-)
-leaves = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**53), 2**53)
-    | st.floats(allow_nan=False)
-    | st.text()
-    | some_tensor
-)
-nested = st.recursive(
-    leaves,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.tuples(inner, inner)
-        | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
-    ),
-    max_leaves=12,
-)
-
-
-@settings(deadline=None, max_examples=100)
-@given(nested)
-def test_pack_and_unpack(value):
-    tensors, original = {}, copy.deepcopy(value)
-    skeleton = json.loads(json.dumps(pack(value, tensors, "")))
-    assert equal(unpack(skeleton, tensors), original) and equal(value, original)

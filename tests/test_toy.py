@@ -1,4 +1,4 @@
-"""toy.py: the split, the statistics of the demonstrations, the tokenizer, the cached model."""
+"""infra/toy.py: the split, what demonstrations look like, the tokenizer, the cached model."""
 
 import os
 import random
@@ -7,9 +7,12 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra import toy
 
@@ -38,7 +41,7 @@ def test_problems():
 
 
 def read(problem, text):
-    """(style, first addition's error, second's); fails unless it is one of the styles and carries its errors on."""
+    """(style, first addition's error, second's); it is one of the styles and carries errors on."""
     a, b, c = map(int, re.findall(r"\d+", problem))
     if match := TOTALS.fullmatch(text):
         style, (one, two, end) = "totals", map(int, match.groups())
@@ -57,18 +60,14 @@ def read(problem, text):
 
 @pytest.fixture(scope="module")
 def demonstrations():
-    rng = random.Random(5)
-    return [
-        (p["problem"], toy.demonstration(p["problem"], rng)) for p in toy.problems("train") * 20
-    ]
+    rng, problems = random.Random(5), [p["problem"] for p in toy.problems("train") * 20]
+    return [(problem, toy.demonstration(problem, rng)) for problem in problems]
 
 
-def share_is(hits, expected, sigmas=4):
-    hits = list(hits)
-    assert (
-        abs(sum(hits) / len(hits) - expected)
-        < sigmas * (expected * (1 - expected) / len(hits)) ** 0.5
-    )
+def share_is(hits, expected):
+    """Within four standard deviations; the rng is fixed."""
+    off = abs(sum(hits) / len(hits) - expected)
+    assert off < 4 * (expected * (1 - expected) / len(hits)) ** 0.5
 
 
 def test_demonstrations_have_the_recipe_s_shares(demonstrations):
@@ -84,12 +83,10 @@ def test_demonstrations_have_the_recipe_s_shares(demonstrations):
 
 
 def test_half_of_the_errors_where_a_carry_is_due_forget_it(demonstrations):
-    errors = [
-        read(p, text)[1] for p, text in demonstrations if int(p[0]) + int(p[2]) >= 10
-    ]  # of the first addition
-    share_is([error == -10 for error in errors if error], 0.5)
-    for error in (-2, -1, 1, 2):
-        share_is([e == error for e in errors if e], 0.125)
+    carry = [pair for pair in demonstrations if int(pair[0][0]) + int(pair[0][2]) >= 10]
+    errors = [error for _, error, _ in (read(*pair) for pair in carry) if error]  # of the first sum
+    for error, share in ((-10, 0.5), (-2, 0.125), (-1, 0.125), (1, 0.125), (2, 0.125)):
+        share_is([e == error for e in errors], share)
 
 
 def test_demonstrations_end_in_the_last_total_and_fit(demonstrations):
@@ -123,32 +120,23 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_model_is_made_once_for_each_recipe(cache, monkeypatch):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     folder = toy.model_folder()
-    assert Path(folder).parent == cache and [p.name for p in cache.iterdir()] == [Path(folder).name]
+    assert Path(folder).parent == cache and [str(p) for p in cache.iterdir()] == [folder]
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.eos_token_id == tokenizer.eos_token_id == 1
     assert model.config.hidden_size // model.config.num_attention_heads == toy.HEAD_SIZE
     assert model(torch.tensor([tokenizer.encode("2+3+4=")])).logits.shape == (1, 6, 16)
-
-    def refuse(folder):
-        raise AssertionError("warmed up again")
-
     with monkeypatch.context() as patch:
-        patch.setattr(toy, "warm_up", refuse)
+        patch.setattr(toy, "warm_up", None)  # not called again
         assert toy.model_folder() == folder and toy.model_folder(first=False) == folder
     monkeypatch.setitem(toy.RECIPE, "seed", 1)
     other = toy.model_folder()
-    assert other != folder and sorted(map(str, cache.iterdir())) == sorted((folder, other))
-    weights = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder, other)]
-    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])
+    assert other != folder and {str(p) for p in cache.iterdir()} == {folder, other}
+    again = AutoModelForCausalLM.from_pretrained(other).state_dict()
+    assert any((weight != again[name]).any() for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
@@ -164,40 +152,26 @@ def test_a_warm_up_that_fails_leaves_nothing(cache, monkeypatch, error):
 
 
 def test_two_at_once_and_one_that_waits(cache, monkeypatch):
-    """Both warm up, both rename: one wins, the other takes its copy; a rank that is not the first waits for them."""
-    both, found = threading.Barrier(2, timeout=20), []
+    """Both warm up, both rename: one wins, the other takes its copy; a later rank waits."""
+    both = threading.Barrier(2)
 
     def warm_up(folder):
         (Path(folder) / "weights").write_text("x")
-        both.wait()
+        both.wait(120)
 
     monkeypatch.setattr(toy, "warm_up", warm_up)
-    threads = [
-        threading.Thread(target=lambda first=first: found.append(toy.model_folder(first)))
-        for first in (False, True, True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert len(found) == 3 and len(set(found)) == 1
-    assert [str(p) for p in cache.iterdir()] == [found[0]] and (
-        Path(found[0]) / "weights"
-    ).read_text() == "x"
+    with ThreadPoolExecutor(3) as pool:
+        (found,) = set(pool.map(toy.model_folder, (False, True, True)))
+    assert [str(p) for p in cache.iterdir()] == [found]
+    assert (Path(found) / "weights").read_text() == "x"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     """One line that says what to set, from the program too."""
     (tmp_path / "file").write_text("mine")
-    done = subprocess.run(
-        [sys.executable, toy.__file__],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")},
-    )
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    command = [sys.executable, toy.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert (
-        "cannot be kept in" in done.stderr
-        and "Not a directory" in done.stderr
-        and "XDG_CACHE_HOME" in done.stderr
-    )
+    for words in ("cannot be kept in", "Not a directory", "XDG_CACHE_HOME"):
+        assert words in done.stderr

@@ -3,13 +3,10 @@
 torchrun … tests/workers.py NAME FOLDER   # -> FOLDER/NAME-WORLD-RANK.pt, a dict
 """
 
-import contextlib
 import dataclasses
 import itertools
 import os
 import random
-import resource
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace as Has
@@ -21,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 import train
-from buffer import RingBuffer
 from infra import checkpoint
 from infra.config import parse
 from infra.metrics import Meter
@@ -303,89 +299,10 @@ def exported_in_bfloat16(folder, ranks):
     return dict(logp=learners["policy"].predict(samples), masters=masters)
 
 
-def history(samples):
-    """[(version, groups), …] as a buffer may hold them."""
-    old, new = ([dict(sample, version=version) for sample in samples] for version in (1, 2))
-    return [(1, [old[:2], old[2:4]]), (2, [new[4:5]])]
-
-
-@contextlib.contextmanager
-def file_size(most):
-    """No file may become larger (bytes), as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, -1))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-
-
-def checkpoints(folder, ranks):
-    """World 2 saves, goes on, and loads into new learners; world 1 loads what world 2 saved."""
-    samples, seen, cfg, out = torch.load(folder / "samples-untied.pt"), {}, config(), folder / "run"
-
-    def advance(learners):
-        train.update(learners, samples, LAM, VERSION, 0.5, Meter(), cfg)
-
-    if ranks.world == 2:
-        learners, buffer = build(folder, "untied", cfg, ranks, critic=True), RingBuffer(3)
-        held = {"base": learners["policy"].snapshot()}
-        advance(learners)
-        held["prev"] = learners["policy"].snapshot()
-        advance(learners)
-        for version, groups in history(samples):
-            buffer.push(version, groups)
-        seen["newest before"] = checkpoint.newest(out)
-        if ranks.first:
-            (out / "checkpoints" / "step_000099.tmp").mkdir(
-                parents=True
-            )  # what a killed save leaves
-        for step in (3, 5, 10):
-            checkpoint.save(out, step, learners, held, buffer, 2, ranks)
-            seen[f"folders after {step}"] = sorted(
-                path.name for path in (out / "checkpoints").iterdir()
-            )
-            dist.barrier()
-        seen["saved"] = state_of(learners, held)
-        seen["full disk"] = []
-        for rank, job in (
-            (1, lambda: checkpoint.save(out, 11, learners, held, buffer, 2, ranks)),
-            (0, lambda: checkpoint.save(out, 11, learners, held, buffer, 2, ranks)),
-            (
-                0,
-                lambda: checkpoint.export(
-                    folder / "full",
-                    folder / "untied",
-                    learners["policy"],
-                    make_tokenizer(),
-                    cfg,
-                    ranks,
-                ),
-            ),
-        ):
-            with file_size(1000 if ranks.rank == rank else -1):
-                try:
-                    job()
-                except OSError as error:
-                    seen["full disk"].append(str(error))
-        seen["newest after a full disk"] = checkpoint.newest(out)
-        advance(learners)
-        seen["continued"] = state_of(learners)
-    learners, buffer = build(folder, "untied", cfg, ranks, critic=True), RingBuffer(3)
-    seen["newest"] = checkpoint.newest(out)
-    seen["step"], held = checkpoint.load(seen["newest"], learners, buffer)
-    seen["loaded"], seen["buffer"] = state_of(learners, held), buffer.state_dict()
-    with learners["policy"].swapped(held["prev"]):
-        seen["prev"] = learners["policy"].predict(samples)
-    advance(learners)
-    seen["loaded continued"] = state_of(learners)
-    return seen
-
-
 def learner(folder, ranks):
     return {
         job.__name__: job(folder, ranks)
-        for job in (updates, broken_update, snapshots, exported_in_bfloat16, checkpoints)
+        for job in (updates, broken_update, snapshots, exported_in_bfloat16)
     }
 
 

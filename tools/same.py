@@ -84,7 +84,9 @@ def compare(a, b):
             ]
         bad += bool(differ)
         print(f"{name}: {'; '.join(differ[:4]) or f'{len(old)} lines equal to the bit'}")
-    print(f"{len(CASES) - bad} of {len(CASES)} equal; keys gone: {sorted(gone)}; new: {sorted(new)}")
+    print(
+        f"{len(CASES) - bad} of {len(CASES)} equal; keys gone: {sorted(gone)}; new: {sorted(new)}"
+    )
     return bool(bad)
 
 
