@@ -2,7 +2,7 @@
 
     python train.py --dry_run --model Qwen2.5-Math-7B --gpus 8 --gpu_memory 80
 
-The trainer's items agree with peaks measured on a GPU to 0.4 %, in one case to 1.1 % (docs/gpus.md);
+The trainer's items agree with peaks measured on GPUs to 0.4 %, once to 1.1 % (docs/gpus.md);
 what no GPU has confirmed says "unmeasured". 1 GiB = 2**30 bytes: an H100 "80 GB" has 79.2.
 """
 
