@@ -36,17 +36,16 @@ REFLECTION = (
 
 class Verdict(NamedTuple):
     reward: float  # 1.0 right, 0.0 not
-    # None when right, else "wrong", "no_box" (or no #), "no_think" (not exactly one </think>), "parse_failure" (the box
-    # is empty, too long or no mathematics), "timeout", "crash" (the worker died on it twice)
+    # None when right, else "wrong", "no_box" (or no #), "no_think" (not exactly one </think>),
+    # "parse_failure" (the box is empty, too long or no mathematics), "timeout", "crash" (the worker
+    # died on it twice)
     reason: str | None
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last balanced \boxed{...} holds, or None. Escaped braces (\{) do not count. Linear in the length."""
-    opened, last = (
-        [],
-        None,
-    )  # opened: the start of the contents of every open brace, negative where no box opened it
+    r"""What the last balanced \boxed{...} holds, or None. Escaped braces (\{) do not count."""
+    # opened: the start of the contents of every open brace, negative where no box opened it
+    opened, last = [], None
     for token in re.compile(r"\\boxed\s*\{|\\(?!\\boxed)[\\{}]|[{}]").finditer(
         text, max(text.find(r"\boxed"), 0)
     ):
@@ -62,7 +61,8 @@ def last_box(text: str) -> str | None:
 
 
 def final_answer(response: str, style: str) -> str | None:
-    """The text that is judged: of the last box (think: after the only </think>; hash: after the last #). None: there is none."""
+    """The text that is judged: of the last box (think: after the only </think>; hash: after the
+    last #). None: there is none."""
     if style == "hash":
         _, mark, final = response.rpartition("#")
         return final.strip() if mark else None
@@ -184,7 +184,7 @@ def _verdict(request: dict, ask) -> Verdict:
 
 
 def try_own(name: str, answer: str | list[str]) -> None:
-    """Calls MODULE:FUNCTION once, before the first thousand. Raises ValueError unless it gives a number."""
+    """Calls MODULE:FUNCTION once, before the first thousand. Raises ValueError without a number."""
     with Judge(1) as judge:
         try:
             (verdict,) = judge.submit([("", answer, name)]).result()
@@ -208,9 +208,10 @@ def _judge_of(pid: int) -> Judge:  # by process: threads do not survive a fork
 def reward(response: str, answer: str | list[str], style: str = "boxed") -> float:
     r"""1.0 where the response's final answer equals the answer (any one of a list), else 0.0.
 
-    Never raises and answers within 10 s, come what may. Callable from any thread and script. A call that cannot be judged
-    (unknown style, not text, no worker) scores 0.0 and logs why. The rule is that of ReMix (arXiv 2507.06892): 1 where both
-    the format (see STYLES) and the answer are right. A whole batch is a Judge's work.
+    Never raises and answers within 10 s, come what may. Callable from any thread and script. A call
+    that cannot be judged (unknown style, not text, no worker) scores 0.0 and logs why. The rule is
+    that of ReMix (arXiv 2507.06892): 1 where both the format (see STYLES) and the answer are right.
+    A whole batch is a Judge's work.
     """
     try:
         return (

@@ -1,9 +1,10 @@
-r"""Is this box that answer? One notation for both, then math-verify's comparison; the judge's worker process.
+r"""Is this box that answer? One notation for both, then math-verify's comparison; the worker.
 
-plain() brings a box and an answer into one notation: units, separators, e-notation. Where the texts then differ,
-math-verify's parser reads both, same() takes lists and equations apart and has math-verify compare the parts, except for
-what it would wrongly accept: 1e-8 for 2e-8, 1 = 2 = 5 for 5, nylevE for Evelyn.
-Started by its file name as a worker (see pool.py), so that no worker imports torch or another file of ours.
+plain() brings a box and an answer into one notation: units, separators, e-notation. Where the texts
+then differ, math-verify's parser reads both, same() takes lists and equations apart and has
+math-verify compare the parts, except for what it would wrongly accept: 1e-8 for 2e-8,
+1 = 2 = 5 for 5, nylevE for Evelyn. Started by its file name as a worker (see pool.py), so that no
+worker imports torch or another file of ours.
 """
 
 import functools
@@ -17,7 +18,9 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-MAX_BOX = 4096  # characters; a longer box is no answer and not worth a parser's time (the benchmarks' longest has 204)
+# characters; a longer box is no answer and not worth a parser's time
+# (the benchmarks' longest has 204)
+MAX_BOX = 4096
 WORKER_MEMORY = 2 << 30  # bytes of address space
 
 _SHORT_UNITS = (
@@ -159,7 +162,7 @@ RULES = (
         r"5\text{k}\Omega",
         r"5 \text{unit}",
     ),
-    # letters in a row are a word, or a unit after a number; math-verify would multiply them
+    # letters in a row: a word, or a unit after a number; math-verify would multiply them
     Rule(
         (
             rf"(?P<other>{_TEXT}|\\(?:begin|end|operatorname|math\w+) ?\{{[^{{}}]*\}}|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{{4,}}"
@@ -219,7 +222,7 @@ def plain(text: str) -> str:
 
 @functools.lru_cache(4096)
 def canonical(text: str) -> str:
-    r"""A normal form for voting: 27, 27.0, $27$ and 27\text{ cm} agree, as do 1/2, \frac12 and \dfrac{1}{2}. Text only."""
+    r"""A normal form for voting: 27, 27.0, $27$ and 27\text{ cm} agree, as do 1/2 and \frac12."""
     text = plain(text)
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(-?)(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}", text)
@@ -248,11 +251,11 @@ def number(text: str):
 
 
 def load() -> None:
-    """Brings sympy and math-verify into this module: of the worker alone, whoever imports plain() needs neither."""
+    """Brings sympy and math-verify into the worker; whoever imports plain() needs neither."""
     global sympy, And, AppliedUndef, latex2sympy, latex2sympy2, normalize_latex
     global should_treat_as_complex, verify, notation, percent
     import sympy
-    import sympy.physics.units  # noqa: simplify() imports it, and it calls sympify()
+    import sympy.physics.units  # noqa: F401 - simplify() imports it, and it calls sympify()
     from latex2sympy2_extended import (
         NormalizationConfig,
         latex2sympy,
@@ -424,7 +427,10 @@ def alike(gold, box) -> bool:
 
 
 def distance(gold, box) -> float | None:
-    """Relative, for numbers, and for formulas at a point; None where that says nothing. Quick where simplify() is slow."""
+    """Relative, for numbers, and for formulas at a point; None where that says nothing.
+
+    Quick where simplify() is slow.
+    """
     try:
         point = {
             x: 1 + sympy.Rational(sum(map(ord, x.name)) * 7919 % 9973, 9973)
@@ -484,9 +490,10 @@ def judge(box: str, golds: list[str]) -> dict:
 
 @functools.cache
 def own(function: str):
-    """The user's reward MODULE:FUNCTION, importable from the working folder: (response, answer) -> a number, 1 for right.
+    """The user's reward MODULE:FUNCTION, importable from the working folder.
 
-    It runs in the workers, under their limits of time and memory. Raises ValueError where there is no such function.
+    (response, answer) -> a number, 1 for right. It runs in the workers, under their limits of time
+    and memory. Raises ValueError where there is no such function.
     """
     module, _, name = function.partition(":")
     if os.getcwd() not in sys.path:

@@ -1,7 +1,7 @@
-"""Worker processes that can be killed: each speaks one JSON object a line, and does one request at a time.
+"""Worker processes that can be killed: one request at a time, one JSON object a line.
 
-Not a process pool of a library: those start their children from the caller's main module (the trainer, hence torch), and
-cannot kill one that hangs. Here a worker is a file started by its name, kept by one thread of an executor.
+Not a process pool of a library: those start their children from the caller's main module (the
+trainer, hence torch). Here a worker is a file started by its name, kept by a thread of an executor.
 """
 
 import json
@@ -117,7 +117,7 @@ class Pool:
 
 
 def _exchange(process: subprocess.Popen, request: dict | None, seconds: float) -> dict | None:
-    """The reply, or None where the worker died, or took more than so many seconds and was killed."""
+    """The reply, or None where the worker died, or took longer and was killed."""
     # unlike a read with a timeout, it guards the write as well
     killer = threading.Timer(seconds, process.kill)
     killer.daemon = True
