@@ -272,8 +272,9 @@ def read_results(path):
     try:
         found = json.loads(path.read_text())
         for scores in found["problems"].values():
-            np.array(list(scores.values())) + 0.0
-        found["settings"]["parts"].items()
+            if not all(isinstance(score, (int, float)) for score in scores.values()):
+                raise ValueError("a score is no number")
+        found["settings"].setdefault("parts", {})
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"

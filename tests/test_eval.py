@@ -594,7 +594,7 @@ def test_the_table_shows_n_and_every_reason():
     )
     assert (
         len({line.index("%") for line in lines[1:3]}) == 1
-        and lines[3] == "amc T=0.1 pass@1 25.00  pass@2 50.00  pass@4 100.00"
+        and lines[3] == "amc T=0.1  pass@1 25.00  pass@2 50.00  pass@4 100.00"
     )
 
 
@@ -646,10 +646,11 @@ def test_ours_beside_the_published_rows():
         for how, value in (("greedy", 0.5), ("T=0.1", 0.25))
     }
     lines = published(scores, "runs/mine/model", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
-    found = {line[:30].strip(): line[30:].split() for line in lines}
+    split = [re.split(r"\s{2,}", line) for line in lines[2:]]
+    found = {name: cells for name, *cells in split}
     assert found["ours: model"] == ["50.00/25.00"] * 6
     assert (
-        found["ours - DeepSeek-R1-Distill-Qwe"][0] == "+16.67/+6.46"
+        found["ours - DeepSeek-R1-Distill-Qwen-1.5B"][0] == "+16.67/+6.46"
         and found["ours - ReMix-PPO (350 steps)"][-1] == "-2.10/-24.73"
     )
     part = published({"amc greedy": {"pass@1": 0.5}}, "m", "DeepSeek-R1-Distill-Qwen-1.5B")
