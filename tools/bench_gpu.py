@@ -1,8 +1,8 @@
 """Memory and speed of the update half of the loop on one GPU, beside the memory plan's figures.
 
-    python tools/bench_gpu.py OUT.jsonl             # one rank: about two minutes on an H100
+    python tools/bench_gpu.py OUT.jsonl             # one rank: about three minutes on an H100
     python tools/bench_gpu.py OUT.jsonl --ranks 8   # what a rank of eight holds, on one GPU
-    python tools/bench_gpu.py OUT.jsonl --tiny      # the same path with a shape of nothing: a CPU will do
+    python tools/bench_gpu.py OUT.jsonl --tiny      # the same path, nothing to compute: any CPU
 
 Random weights at real shapes through model.py's Learner and train.py's update; no vLLM. With
 --ranks the process sees a rank of many through PyTorch's "fake" process group, which copies where
@@ -11,11 +11,12 @@ others communicate: the memory is that of such a rank, the time lacks communicat
 
 import argparse
 import copy
-import gc
 import json
+import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +33,6 @@ from model import Critic, Learner, Policy
 from train import update
 
 R1, MATH, BIG = "DeepSeek-R1-Distill-Qwen-1.5B", "Qwen2.5-Math-1.5B", "Qwen2.5-Math-7B"
-KEEP, OFFLOAD = "--no-activation_checkpointing", "--offload_optimizer"
 LENGTHS = [(n, 16384, 1024) for n in (1024, 2048, 4096, 8192)]
 ONE, HALF, WIDE = (4096, 16384, 1024), (4096, 8192, 1024), (4096, 16384, 4096)
 CASES = [  # ranks, model, flags, (tokens of a row, --micro_tokens, chunk_tokens) …
@@ -41,11 +41,11 @@ CASES = [  # ranks, model, flags, (tokens of a row, --micro_tokens, chunk_tokens
     (1, R1, "--algo remix-grpo", [WIDE, HALF, *LENGTHS]),
     (1, R1, "--algo remix-ppo", [ONE]),
     (1, MATH, "--algo remix-ppo", [ONE]),
-    (1, R1, f"--algo remix-grpo {KEEP}", [HALF]),
+    (1, R1, "--algo remix-grpo --no-activation_checkpointing", [HALF]),
     (1, BIG, "--algo grpo --beta 0", [HALF]),
-    (1, R1, f"--algo remix-grpo {OFFLOAD}", [ONE]),
+    (1, R1, "--algo remix-grpo --offload_optimizer", [ONE]),
 ]
-CAPS = (1.2, 1.1, 1.05, 1.02)  # of the peak: what the allocator is given
+CAPS = (1.1, 1.05, 1.02)  # of the peak: what the allocator is given
 
 
 def timed(work):
@@ -59,7 +59,7 @@ def timed(work):
 
 
 def learner(module, cfg, ranks):
-    """A Learner of random weights, made on its own device."""
+    """A Learner of random weights, the same each time, made on its own device."""
     torch.manual_seed(0)
     module.to_empty(device=ranks.device)
     for name, p in module.named_parameters():
@@ -69,107 +69,102 @@ def learner(module, cfg, ranks):
     return Learner(module, cfg.lr, cfg, ranks)
 
 
-def random_batch(count, length, vocab, prompt=256):
-    """`count` rows of `length` tokens as one step's batch, every column filled."""
-    g = torch.Generator().manual_seed(1)
-    columns = "logp_old logp_behavior logp_base logp_prev values returns advantages".split()
-    prompt, samples = min(prompt, length // 2), []
-    for i in range(count):
-        ids, like = torch.randint(vocab, (length,), generator=g), torch.randn(length - prompt)
-        samples.append(Sample(ids[:prompt], ids[prompt:], like - 12, False, 0, i, "", logp_behavior=like - 12))
+def random_batch(count, length, vocab, prompt):
+    """One step's batch of `count` rows of `length` tokens, every column filled."""
+    torch.manual_seed(1)
+    ids, logp = torch.randint(vocab, (count, length)), torch.randn(count, length - prompt) - 12
+    rows = zip(ids[:, :prompt], ids[:, prompt:], logp)
+    samples = [
+        Sample(a, b, c, False, 0, i, "", logp_behavior=c) for i, (a, b, c) in enumerate(rows)
+    ]
     batch = Batch([[sample] for sample in samples], [])
-    for name in columns:
-        batch[name] = [torch.randn(length - prompt, generator=g) - 12 for _ in samples]
+    for name in "logp_old logp_base logp_prev values returns advantages".split():
+        batch[name] = list(torch.randn(count, length - prompt) - 12)
     return batch
 
 
-def measure(folder, cfg, ranks, variants, say):
-    """One set of learners: each variant's peak, plan and speed, then the least memory that will do."""
+def measure(folder, cfg, ranks, variants, say, more):
+    """One set of learners: each variant's peak, plan and speed, then how little memory will do."""
     method, cuda = methods.Method(cfg), ranks.device.type == "cuda"
     plan = method.plan(cfg.steps)  # λ has fallen: both references
     learners = {"policy": learner(Policy(folder, 1.0, empty=True), cfg, ranks)}
     if method.critic:
         learners["critic"] = learner(Critic(folder, empty=True), cfg, ranks)
     policy = learners["policy"]
-    snapshots = [policy.snapshot() for _ in plan.references]
+    snapshots, s = [policy.snapshot() for _ in plan.references], memory.shape_of(folder)
     for length, cfg.micro_tokens, memory.CHUNK in variants:
         policy.module.chunk_tokens = memory.CHUNK
-        cfg.max_prompt, cfg.max_response = 256, length - 256
-        vocab = policy.module.lm.config.vocab_size
-        batch = random_batch(2 * ranks.world * (cfg.micro_tokens // length), length, vocab)
-        work = lambda: update(learners, batch, range(len(batch.samples)), method, plan, Meter())  # noqa: B023, E731
-        tokens = len(batch.samples) * length / ranks.world
+        cfg.max_prompt = min(256, length // 2)
+        cfg.max_response = length - cfg.max_prompt
+        count = 2 * ranks.world * (cfg.micro_tokens // length)
+        batch, tokens = (
+            random_batch(count, length, s.vocab, cfg.max_prompt),
+            count * length / ranks.world,
+        )
+        work = partial(update, learners, batch, range(count), method, plan, Meter())
         found = dict(length=length, micro_tokens=cfg.micro_tokens, chunk_tokens=memory.CHUNK)
         work()  # kernels are chosen, AdamW makes its moments
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        found["norms"], _ = timed(work)
-        if cuda:
-            peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            work()
+            peak, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
             free, total = torch.cuda.mem_get_info()
-            other = total - free - torch.cuda.memory_reserved()
-            found |= dict(peak_gib=peak / 2**30, reserved_gib=held / 2**30, other_gib=other / 2**30)
-        found["update_tokens_per_second"] = [tokens / timed(work)[1] for _ in range(1 + (ranks.world == 1))]
+            found |= dict(peak=peak / 2**30, other=(total - free - kept) / 2**30)
+        items = memory.resting(cfg, s, ranks.world) | memory.passing(cfg, s, ranks.world)
+        found |= dict(planned=sum(items.values()) / 2**30, snapshots=len(snapshots))
+        found["update_tokens_per_second"] = tokens / timed(work)[1]
         if ranks.world == 1:
-            look = lambda: policy.predict(batch.samples)  # noqa: B023, E731
-            found["predict_tokens_per_second"] = [tokens / timed(look)[1] for _ in range(3)]
-        planned = memory.plan(cfg, memory.shape_of(folder), ranks.world, 80)["training"]
-        own = {k: v / 2**30 for k, v in planned.items() if not k.startswith(("CUDA", "engine"))}
-        say(**found, planned_gib=sum(own.values()), plan=own)
-    for cap in CAPS if cuda and not cfg.offload_optimizer else ():
+            policy.predict(batch.samples)
+            seconds = timed(partial(policy.predict, batch.samples))[1]
+            found["predict_tokens_per_second"] = tokens / seconds
+        say(**found)
+    if more:
+        details(
+            folder, cfg, policy, batch, partial(update, {"policy": policy}, *work.args[1:]), say
+        )
+    for cap in CAPS if cuda else ():
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(cap * peak / total, 1.0))
-        try:
-            say(cap=cap, tokens_per_second=tokens / timed(work)[1])
-        except torch.OutOfMemoryError:
-            say(cap=cap, tokens_per_second=None)
-    return learners, snapshots, batch, method, plan
+        say(cap=cap, update_tokens_per_second=tokens / timed(work)[1])
 
 
-def details(folder, cfg, learners, snapshots, batch, method, plan, say):
+def details(folder, cfg, policy, batch, work, say):
     """Streaming and swapping weights, two identical updates, bfloat16 beside float32."""
-    policy, few = learners["policy"], batch.samples[:4]
-    begin = policy.snapshot()
-
-    def swap():
-        with policy.swapped(snapshots[0]):
-            pass
-
-    @torch.no_grad()
-    def again(target):
-        for live, frozen in zip(target.module.parameters(), begin):
-            live.copy_(frozen)
-
-    for _ in range(2):
-        size, seconds = timed(lambda: sum(t.nbytes for _, t in policy.full_tensors()))
-        say(stream_seconds=seconds, stream_gib=size / 2**30, swap_seconds=timed(swap)[1])
-    for kind in ("default", "flash", "deterministic"):
-        torch.backends.cuda.enable_cudnn_sdp(kind == "default")
-        torch.use_deterministic_algorithms(kind == "deterministic")
-        ends, seconds = [], []
-        try:
-            for _ in range(2):
-                again(policy)
-                policy.optimizer.state.clear()
-                work = lambda: update({"policy": policy}, batch, range(len(batch.samples)), method, plan, Meter())  # noqa: E731
-                seconds.append(timed(work)[1])
-                ends.append(policy.snapshot())
-            same = [torch.equal(a.to_local(), b.to_local()) for a, b in zip(*ends)]
-            say(attention=kind, equal=sum(same), of=len(same), seconds=seconds)
-        except RuntimeError as error:
-            say(attention=kind, error=str(error)[:300])
-            policy.optimizer.zero_grad()
+    begin, few = policy.snapshot(), batch.samples[:4]
+    size, seconds = timed(lambda: sum(tensor.nbytes for _, tensor in policy.full_tensors()))
+    say(
+        stream_gib=size / 2**30,
+        stream_seconds=seconds,
+        swap=timed(partial(policy._exchange, begin))[1],
+    )
+    policy._exchange(begin)
+    for exact in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(not exact)
+        torch.use_deterministic_algorithms(exact)
+        ends = []
+        for _ in range(2):
+            start_again(policy, begin)
+            seconds = timed(work)[1]
+            ends.append(policy.snapshot())
+        same = [torch.equal(a.to_local(), b.to_local()) for a, b in zip(*ends)]
+        say(deterministic=exact, equal=sum(same), of=len(same), seconds=seconds)
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.use_deterministic_algorithms(False)
-    again(policy)
-    half = [torch.cat(policy.predict(few)) for _ in range(2)]
+    start_again(policy, begin)
     wide = copy.copy(cfg)
     wide.dtype = "float32"
     exact = learner(Policy(folder, 1.0, empty=True), wide, policy.ranks)
-    again(exact)
-    gap = (torch.cat(exact.predict(few)) - half[0]).abs()
-    say(predicted_twice_equal=torch.equal(*half), gap_mean=gap.mean().item(), gap_max=gap.max().item())
+    start_again(exact, begin)
+    gap = (torch.cat(exact.predict(few)) - torch.cat(policy.predict(few))).abs()
+    say(gap_mean=gap.mean().item(), gap_max=gap.max().item())
+
+
+@torch.no_grad()
+def start_again(policy, weights):
+    for live, frozen in zip(policy.module.parameters(), weights):
+        live.copy_(frozen)
+    policy.optimizer.state.clear()
 
 
 def main():
@@ -178,48 +173,38 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--ranks", type=int, default=1)
     args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic algorithms ask for it
     if args.ranks == 1:
         ranks = start(16)
     else:
+        import torch.distributed as dist
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        torch.distributed.init_process_group("fake", rank=0, world_size=args.ranks, store=FakeStore())
-        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        ranks = Ranks(0, args.ranks, args.ranks, device)
-    card = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
-    first = True
-    for world, name, flags, variants in CASES:
-        if world != args.ranks:
-            continue
+        dist.init_process_group("fake", rank=0, world_size=args.ranks, store=FakeStore())
+        ranks = Ranks(0, args.ranks, args.ranks, torch.device("cuda:0" if cuda else "cpu"))
+    for _, name, flags, variants in [case for case in CASES if case[0] == args.ranks]:
+        card = torch.cuda.get_device_name() if cuda else "CPU"
+        where = dict(card=card, ranks=args.ranks, model=name, flags=flags)
+        s, folder = memory.SHAPES[name], tempfile.mkdtemp()
+        if args.tiny:
+            small = dict(hidden=64, intermediate=160, layers=2, heads=4, kv_heads=2, head_dim=16)
+            s, variants = s._replace(vocab=512, **small), [(32, 64, 16)]
+        config = AutoConfig.for_model(s.kind, **dict(zip(memory.KEYS[1:], s[1:])))
+        config.save_pretrained(folder)
 
-        def say(**found):
-            line = json.dumps(dict(card=card, ranks=world, model=name, flags=flags) | found)  # noqa: B023
+        def say(where=where, **found):
+            line = json.dumps(where | found)
             print(line, flush=True)
             with open(args.out, "a") as file:
                 file.write(line + "\n")
 
-        s = dict(memory.SHAPES[name])
-        if args.tiny:
-            s |= dict(hidden=64, intermediate=160, layers=3, heads=4, kv_heads=2, vocab=512, head_dim=16)
-            variants = [(512, 1024, 64)]
-        folder = tempfile.mkdtemp()
-        config = AutoConfig.for_model(
-            s["kind"], hidden_size=s["hidden"], intermediate_size=s["intermediate"],
-            num_hidden_layers=s["layers"], num_attention_heads=s["heads"], vocab_size=s["vocab"],
-            num_key_value_heads=s["kv_heads"], tie_word_embeddings=s["tied"],
-            max_position_embeddings=s["context"],
-        )
-        config.save_pretrained(folder)
-        cfg = methods.parse(f"--model {name} --dtype bfloat16 {flags}".split())
         try:
-            made = measure(folder, cfg, ranks, variants, say)
-            if first and world == 1:
-                details(folder, cfg, *made, say)
+            cfg = methods.parse(f"--model {name} --dtype bfloat16 {flags}".split())
+            measure(folder, cfg, ranks, variants, say, flags == "--algo remix-grpo" and name == R1)
         except torch.OutOfMemoryError as error:
-            say(error=str(error)[:200])
-        made, first = None, False
-        gc.collect()
-        if card != "CPU":
+            say(error=str(error)[:100])
+        if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.empty_cache()
 

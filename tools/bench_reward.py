@@ -1,6 +1,6 @@
-"""How many responses a second are judged: a Judge, and math-verify on the whole response in one thread, as most code does.
+"""How many responses a second are judged: a Judge, and math-verify alone in one thread.
 
-python tests/bench_reward.py [--responses 2048] [--workers 2], with the golds of $REMIX_DATA. Not a test.
+python tools/bench_reward.py [--responses 2048] [--workers 2], with the golds of $REMIX_DATA.
 """
 
 import argparse
@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from reward import Judge
 
 
 def make(count: int, rng: random.Random) -> list[tuple[str, str | list[str], str]]:
-    """Responses of about 8k tokens. Half are right, in other words; half give another problem's answer."""
+    """Responses of about 8k tokens. Half are right, half give another problem's answer."""
     files = sorted((Path(os.environ["REMIX_DATA"]) / "benchmarks").glob("*.jsonl"))
     golds = [json.loads(line)["answer"] for path in files for line in path.read_text().splitlines()]
-    line = r"We have $x^2 + \frac{a}{b} = 4.5 \cdot 10^3$, so that {n} of the pairs remain; let me check that again. "
+    line = r"We have $x^2 + \frac{a}{b} = 4.5 \cdot 10^3$, so that {n} of the pairs remain; "
+    line += "let me check that again. "
     items = []
     for i in range(count):
         answer, other = rng.sample(golds, 2)
@@ -49,8 +51,6 @@ def plain_math_verify(items) -> float:
 
 
 def main():
-    from reward import Judge
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--responses", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=2)
