@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reward as module
-from infra import data
-from reward import Judge, Verdict, canonical, final_answer, last_box, own, reward
+from infra import data, grader
+from reward import Judge, Verdict, canonical, final_answer, last_box, own, reflects, reward, try_own
 
 ROOT = Path(module.__file__).parent
 TOWER = r"\boxed{9^{9^{9^{9^9}}}}"  # parses at once; comparing it with anything never ends
@@ -108,7 +108,9 @@ class Watched(Judge):
 
 def script(tmp_path, code, **options):
     """Run code as a user's script: without a main guard, in a folder of its own with a copy of reward.py."""
-    (tmp_path / "reward.py").write_text(Path(module.__file__).read_text())
+    (tmp_path / "infra").mkdir()
+    for name in ("reward.py", "infra/grader.py", "infra/pool.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "script.py").write_text(code)
     return subprocess.run(
         [sys.executable, "script.py"],
@@ -653,6 +655,11 @@ def test_more_traps(judge, block, right):
     assert [trap for trap, got in zip(traps, rewards(judge, traps)) if got != right] == []
 
 
+@pytest.mark.parametrize("rule", grader.RULES, ids=lambda rule: rule.example)
+def test_a_rule_does_what_stands_beside_it(rule):
+    assert re.sub(rule.pattern, rule.to, rule.example) == rule.becomes
+
+
 @pytest.mark.parametrize(
     "alike",
     [
@@ -724,12 +731,6 @@ CANONICAL = {}
 )
 def test_final_answer(response, style, final):
     assert final_answer(response, style) == final
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=300) | st.text("\\{}$^_,. 0123456789eEx*textcmandor", max_size=300))
-def test_canonical_takes_any_text(text):
-    canonical(text)
 
 
 @pytest.fixture(scope="module")
@@ -848,25 +849,6 @@ def test_another_problems_answer_is_wrong(judge, golds):
     assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got] == []
 
 
-def test_long_responses_are_read_quickly(judge):
-    began = time.monotonic()
-    items = [
-        ("think \\ { " * 500_000 + r"\boxed{27}", "27.0", "boxed"),
-        (r"\boxed{" * 200_000, "1", "boxed"),
-        ("{" * 10**6 + "}" * 10**6 + r"\boxed{27.0}", "27", "boxed"),
-        (r"\boxed{" + "1+" * 500_000 + "1}", "500001", "boxed"),
-        ("#" * 10**6, "", "hash"),
-    ]
-    assert [v.reason for v in judge.submit(items).result()] == [
-        None,
-        "no_box",
-        None,
-        "parse_failure",
-        None,
-    ]
-    assert time.monotonic() - began < 10
-
-
 # -- an answer always comes -------------------------------------------------------------------------------------------
 
 
@@ -932,18 +914,6 @@ def test_reward_answers_in_time(hostile):
     assert time.monotonic() - began < 11
 
 
-def test_reward_answers_in_time_from_another_thread():
-    found = {}
-    thread = threading.Thread(
-        target=lambda: found.update(
-            hostile=reward(TOWER, "5"), right=reward(r"\boxed{20 + 7}", "27")
-        )
-    )
-    thread.start()
-    thread.join(25)
-    assert found == {"hostile": 0.0, "right": 1.0}
-
-
 def test_no_text_is_evaluated(judge, tmp_path):
     """Neither by sympify() nor by parse_expr(), which end in eval() and to which sympy.Number("1") goes."""
     mark = tmp_path / "evaluated"
@@ -962,7 +932,7 @@ def test_no_text_is_evaluated(judge, tmp_path):
         f"1e5{code}",
     ):
         assert rewards(judge, [(text, "5"), ("5", text), (text, f"{text} + 0")])[:2] == [0.0, 0.0]
-    code = "import reward, sympy; reward._grader(); sympy.sympify('1 + 1')"
+    code = "import sympy; from infra import grader; grader.load(); sympy.sympify('1 + 1')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
@@ -1050,14 +1020,6 @@ def test_a_hang_costs_its_timeout_and_nothing_else():
         assert not set(first) & set(judge.pids()), "the hung process lives on"
 
 
-def test_a_stopped_worker_is_replaced():
-    with Watched(workers=1, timeout=3) as judge:
-        judge.submit([SUM]).result()
-        os.kill(judge.started()[0], signal.SIGSTOP)
-        verdicts = judge.submit(sums(3)).result(60)
-        assert verdicts == [Verdict(0.0, "timeout"), RIGHT, RIGHT]
-
-
 def test_a_killed_worker_is_replaced_and_its_item_judged_again():
     with Watched(workers=2, timeout=60) as judge:
         judge.submit(sums(20)).result()
@@ -1089,19 +1051,12 @@ def test_an_item_that_kills_its_worker_twice_is_a_crash():
         assert batch.result(60) == [Verdict(0.0, "crash"), RIGHT]
 
 
-def test_items_are_spread_over_the_workers():
-    with Watched(workers=2, timeout=3) as judge:
-        batch = judge.submit([(TOWER, "5", "boxed"), SUM, (TOWER, "6", "boxed")])
-        assert len(set(judge.started())) == 2
-        assert [v.reason for v in batch.result(60)] == ["timeout", None, "timeout"]
-
-
 def test_worker_limits_and_ctrl_c():
     with Watched(workers=1, timeout=20) as judge:
         assert rewards(judge, [("20 + 7", "27.0")]) == [1.0]
         worker = judge.started()[0]
         memory = re.search(r"Max address space\s+(\d+)", Path(f"/proc/{worker}/limits").read_text())
-        assert int(memory[1]) == module.WORKER_MEMORY
+        assert int(memory[1]) == grader.WORKER_MEMORY
         os.kill(worker, signal.SIGINT)
         assert rewards(judge, [("20 + 7", "27.0")]) == [1.0] and judge.pids() == [worker]
 
@@ -1197,7 +1152,7 @@ print(reward(r"\boxed{20 + 7}", "27.0"))
     )
     assert (
         done.stdout.count("no antlr here") == 2
-        and done.stdout.startswith("start: no reward worker")
+        and done.stdout.startswith("start: no worker")
         and "is math-verify" in done.stdout
         and done.stdout.endswith("\n0.0\n")
     )
@@ -1270,3 +1225,14 @@ def test_an_own_function_that_fails_is_no_verdict(mine):
 def test_no_such_function(mine, function, why):
     with pytest.raises(ValueError, match=why):
         own(function)
+
+
+def test_an_own_function_is_tried_before_it_is_needed(mine):
+    try_own("my_own_rewards:grade", "7")
+    with pytest.raises(ValueError, match="No module"):
+        try_own("absent_module:f", "7")
+
+
+@pytest.mark.parametrize("text, found", [("But WAIT,", True), ("a root cause", True), ("5", False)])
+def test_reflects(text, found):
+    assert reflects(text) is found

@@ -1,6 +1,6 @@
 """How many responses a second are judged: a Judge, and math-verify on the whole response in one thread, as most code does.
 
-python tests/bench_reward.py [--responses 2048] [--workers 2], with the golds of $REMIX_DATA. Not a test.
+python tools/bench_reward.py [--responses 2048] [--workers 2], with the golds of $REMIX_DATA. Not a test.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from reward import Judge
 
 
 def make(count: int, rng: random.Random) -> list[tuple[str, str | list[str], str]]:
@@ -49,8 +50,6 @@ def plain_math_verify(items) -> float:
 
 
 def main():
-    from reward import Judge
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--responses", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=2)
