@@ -115,7 +115,7 @@ class Pending:
         return all(future.done() for future in self._futures)
 
     def result(self, timeout: float | None = None) -> list[Verdict]:
-        """In the order of the items. Raises TimeoutError, RuntimeError: no verdict on a response."""
+        """In the order of the items. Raises TimeoutError or RuntimeError: no verdict."""
         done, waiting = wait(self._futures, timeout, FIRST_EXCEPTION)
         failed = any(future.exception() for future in done)
         for future in waiting:

@@ -210,7 +210,10 @@ def main(argv=None):
             judge.start()  # before CUDA does
         joined = ranks.start(cfg.threads)
         guards.agree(cfg, cfg.fingerprint)
-        train(cfg, task, judge, joined, say)
+        try:
+            train(cfg, task, judge, joined, say)
+        except OSError as error:  # a full disk, say: its line says all
+            sys.exit(f"error: {error}")
     ranks.stop()
 
 

@@ -27,9 +27,11 @@ _SHORT_UNITS = (
     r"m/s|[mckn]m|[mk]g|ft|in|mi|yd|lbs?|oz|hrs?|min|sec|mph|m[lL]|[kMG]?Hz|[kM]?eV|sq|deg"
 )
 _TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"  # \text{m s^{-1}}
-# what may be left out after a number: no second answer (", 6", "but maybe 6"), only exponents have digits
+# what may be left out after a number: no second answer (", 6", "but maybe 6"), only exponents have
+# digits
 _UNIT = (
-    r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\}|[^{}]*\b(?:or|and|if|not|is|but|maybe|through|to)(?![a-zA-Z]))"
+    r"(?: |/|\*|\\cdot)*\\text\{(?! ?[eid] ?\}|"
+    r"[^{}]*\b(?:or|and|if|not|is|but|maybe|through|to)(?![a-zA-Z]))"
     r"(?:[^{}\d,;=]|\^ ?\{?-?\d+\}?|(?<=[a-z])[23](?!\d))*\}(?: ?\^ ?(?:\{[^{}]*\}|\d))?"
 )
 _BASES = "two three four five six seven eight nine ten".split()
@@ -37,7 +39,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 
 
 class Rule(NamedTuple):
-    """What pattern finds becomes `to` (see re.sub); alone, the rule makes `example` into `becomes`."""
+    """What pattern finds becomes `to` (see re.sub); alone, a rule makes `example` `becomes`."""
 
     pattern: str
     to: str | Callable[[re.Match], str]
@@ -155,7 +157,8 @@ RULES = (
     # unit symbols after a number
     Rule(
         (
-            r"((?<![_^])\d|10\^\{-?\d+\}) ?(?:\\mu(?= ?\\text)|(?:\\text\{ ?[kM] ?\} ?|[kM]|\\mu ?)?(?:\\Omega|\\AA|\\mathring ?\{A\}"
+            r"((?<![_^])\d|10\^\{-?\d+\}) ?(?:\\mu(?= ?\\text)|"
+            r"(?:\\text\{ ?[kM] ?\} ?|[kM]|\\mu ?)?(?:\\Omega|\\AA|\\mathring ?\{A\}"
             r"|[LM]_ ?\{? ?\\odot ?\}?)(?= ?(?:$|[,;)\]])))"
         ),
         r"\1 \\text{unit}",
@@ -165,7 +168,8 @@ RULES = (
     # letters in a row: a word, or a unit after a number; math-verify would multiply them
     Rule(
         (
-            rf"(?P<other>{_TEXT}|\\(?:begin|end|operatorname|math\w+) ?\{{[^{{}}]*\}}|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{{4,}}"
+            rf"(?P<other>{_TEXT}|\\(?:begin|end|operatorname|math\w+) ?\{{[^{{}}]*\}}"
+            rf"|\\[a-zA-Z]+|sqrt|infinity)|[a-zA-Z]{{4,}}"
             rf"|(?<=[\d}}])(?<!\\[a-zA-Z]) ?(?:{_SHORT_UNITS})(?![a-zA-Z])"
         ),
         _word,
@@ -341,7 +345,7 @@ def match(golds, boxes) -> bool:  # in any order
 
 
 def same(gold, box) -> bool:
-    """Takes apart what has parts, so that the rules for numbers and equations hold within lists, too."""
+    """Takes apart what has parts, so that the rules for numbers hold within lists, too."""
     if isinstance(gold, sympy.Union) != isinstance(box, sympy.Union):
         gold, box = union(gold), union(box)
     (*gold_left, gold_last), (*box_left, box_last) = chain(gold), chain(box)

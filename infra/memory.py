@@ -2,8 +2,8 @@
 
     python train.py --dry_run --model Qwen2.5-Math-7B --gpus 8 --gpu_memory 80
 
-The trainer's items agree with peaks measured on an H100 and an H200 to 0.3 % (docs/gpus.md); what
-no GPU has confirmed says "unmeasured". 1 GiB = 2**30 bytes: an H100 "80 GB" has 79.2.
+The trainer's items agree with peaks measured on GPUs to 0.4 %, once to 1.1 % (docs/gpus.md);
+what no GPU has confirmed says "unmeasured". 1 GiB = 2**30 bytes: an H100 "80 GB" has 79.2.
 """
 
 import json
@@ -16,7 +16,7 @@ NODE = 8  # GPUs of a machine
 CHUNK = 1024  # model.py, Policy.chunk_tokens
 # measured: 0.8 without NCCL, 1.3 with NCCL on one rank
 CONTEXT = 1.5 * GIB
-# fragmentation; measured: an update ran at full speed in 1.05 times its peak, failed in 1.02
+# fragmentation; measured: an update ran in 1.05 times its peak, failed in 1.02
 MARGIN = 0.05
 # unmeasured: of a sleeping engine; published logs say 1.3 to 4.3 GiB, context included
 ASLEEP = 1.5 * GIB

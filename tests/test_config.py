@@ -660,6 +660,7 @@ def test_bad_reward_functions(refuse, tmp_path, small_model, monkeypatch):
 def test_rewards_that_give_no_number(refuse, tmp_path, small_model, monkeypatch, body, why):
     """Found before the model is loaded, not after the first thousand responses."""
     import prepare
+
     from reward import Judge
 
     (tmp_path / "my_way.py").write_text(
@@ -852,6 +853,7 @@ def recording(folder, steps=2, text=None, **values):
 def test_bad_recordings(refuse, tmp_path, small_model, monkeypatch, flags, change, words):
     """Each is one line before a model is loaded, and vLLM need not be there."""
     import prepare
+
     from infra import config
 
     for module in (config, prepare):
@@ -991,9 +993,8 @@ def test_bad_model_folders(refuse, tmp_path, model_copy):
 
 def test_a_head_of_its_own_in_a_tied_model(refuse, tmp_path, model_copy):
     """transformers keeps both, sharding would make one of them of the two; a copy of the embedding is fine."""
-    from safetensors.torch import load_file, save_file
-
     from hub import check_model
+    from safetensors.torch import load_file, save_file
 
     settings, weights = (
         json.loads((model_copy / "config.json").read_text()),
@@ -1229,9 +1230,8 @@ def test_memory_of_the_gpus_that_are_there(monkeypatch, tmp_path):
     """The machine and the verdict, on eight GPUs of 79.6 GiB, and on one."""
     from types import SimpleNamespace
 
-    import torch
-
     import prepare
+    import torch
 
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=79.6 * 2**30)
@@ -1269,6 +1269,7 @@ def test_lengths_against_the_context(refuse, tmp_path, small_model, capfd):
 
 def test_long_prompts_are_skipped_once_and_the_response_fitted(tmp_path, small_model):
     import prepare
+
     from infra import data
 
     path = problems(tmp_path, FINE + 3 * FINE.replace("1+1", "1+1" * 100))

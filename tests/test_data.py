@@ -672,10 +672,9 @@ def test_prepare(small_model, tmp_path):
     write(moved / "config.json", config | {"transformers_version": "9"})
     again = dict(model=str(moved), data=str(write(tmp_path / "b" / "set.json", rows)), resume=True)
     assert prepare(**again)[0].fingerprint == cfg.fingerprint
-    rows[0]["answer"] = "7"
-    other = str(write(tmp_path / "other.json", rows))
+    other = write(tmp_path / "other.json", [row | {"answer": "7"} for row in rows])
     with pytest.raises(ValueError, match="other problems"):
-        prepare(resume=True, data=other, held_out=0, eval_data="toy")
+        prepare(**again | {"data": str(other)})
     write(moved / "config.json", config | {"rope_theta": 5.0})
     with pytest.raises(ValueError, match="another kind of model"):
         prepare(**again)

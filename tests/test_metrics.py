@@ -10,11 +10,11 @@ import math
 import statistics
 from types import SimpleNamespace
 
+import faults
 import pytest
 import torch
 import torch.distributed as dist
 
-import faults
 import train
 from infra import metrics
 from infra.config import Config, Plan, parse

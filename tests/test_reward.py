@@ -1,6 +1,6 @@
-"""reward.py: what is right, and that an answer always comes, whatever the response does to the worker.
+"""reward.py: what is right, and that an answer always comes, whatever the response does.
 
-The hostile inputs are real ones. Golds are those in $REMIX_DATA, where it names a folder, or generated.
+The hostile inputs are real ones. Golds are those in $REMIX_DATA, or else generated.
 """
 
 import json
@@ -107,7 +107,7 @@ class Watched(Judge):
 
 
 def script(tmp_path, code, **options):
-    """Run code as a user's script: without a main guard, in a folder of its own with a copy of reward.py."""
+    """Run code as a user's script: without a main guard, in a folder with a copy of reward.py."""
     (tmp_path / "infra").mkdir()
     for name in ("reward.py", "infra/grader.py", "infra/pool.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
@@ -122,7 +122,7 @@ def script(tmp_path, code, **options):
     )
 
 
-# -- which box --------------------------------------------------------------------------------------------------------
+# -- which box --
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_last_box_is_found_after_anything(before, box, after):
     assert last_box(before + r"\boxed{" + box + "}" + after) == box
 
 
-# -- what is right ----------------------------------------------------------------------------------------------------
+# -- what is right --
 
 
 @pytest.mark.parametrize(
@@ -782,8 +782,8 @@ def really_equal(one, other):
 
 
 def test_golds_are_right_as_they_stand_and_in_other_words(judge, golds):
-    r"""All 1,679 as they stand, each against itself and against all that its problem accepts, as text. The distinct ones
-    once more by math-verify and not as text, for which 1 + 0 is put where there is a number to put it."""
+    r"""All 1,679 as they stand, each against itself and against all that its problem accepts.
+    The distinct ones once more by math-verify and not as text: with + 0 where there is a number."""
     for name, answers in golds.items():
         alone = rewards(judge, [(gold, gold) for answer in answers for gold in answer])
         listed = rewards(judge, [(gold, answer) for answer in answers for gold in answer])
@@ -849,7 +849,7 @@ def test_another_problems_answer_is_wrong(judge, golds):
     assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got] == []
 
 
-# -- an answer always comes -------------------------------------------------------------------------------------------
+# -- an answer always comes --
 
 
 def test_reward_from_the_main_thread_and_from_others():
@@ -915,7 +915,7 @@ def test_reward_answers_in_time(hostile):
 
 
 def test_no_text_is_evaluated(judge, tmp_path):
-    """Neither by sympify() nor by parse_expr(), which end in eval() and to which sympy.Number("1") goes."""
+    """Neither by sympify() nor by parse_expr(), which end in eval()."""
     mark = tmp_path / "evaluated"
     code = f"__import__('pathlib').Path('{mark}').touch()"
     for text in (
@@ -1081,7 +1081,7 @@ def test_text_needs_no_process():
         assert batch.done() and set(pids()) == before
 
 
-# -- other people's scripts -------------------------------------------------------------------------------------------
+# -- other people's scripts --
 
 
 def test_a_script_without_main_guard_and_its_forks(tmp_path):
@@ -1105,7 +1105,7 @@ print(Judge(1, 1.5).submit([(r"\boxed{9^{9^{9^{9^9}}}}", "5", "boxed")]).result(
 
 
 def test_workers_die_with_their_parent(tmp_path):
-    """Even in the middle of something that never ends, when the parent had no chance to clean up."""
+    """Even amid something that never ends, when the parent had no chance to clean up."""
     done = script(
         tmp_path,
         rf"""
@@ -1205,7 +1205,7 @@ def test_an_own_function_judges_beside_the_others(mine):
 
 
 def test_an_own_function_that_fails_is_no_verdict(mine):
-    """What raises or is no number stops the run and says why; what hangs is cut off, like everything else that is judged."""
+    """What raises or is no number stops the run and says why; what hangs is cut off."""
     with Judge(1, timeout=2) as judge:
         for text, why in (("raise", "KeyError"), ("nan", "nan is no reward")):
             with pytest.raises(RuntimeError, match=f"my_own_rewards:grade failed: .*{why}"):

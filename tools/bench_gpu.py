@@ -96,10 +96,11 @@ def measure(folder, cfg, ranks, variants, say, more):
     snapshots, s = [policy.snapshot() for _ in plan.references], memory.shape_of(folder)
     for length, cfg.micro_tokens, memory.CHUNK in variants:
         policy.module.chunk_tokens = memory.CHUNK
-        cfg.max_prompt, cfg.max_response = length // 4, length - length // 4
+        cfg.max_prompt = min(256, length // 2)
+        cfg.max_response = length - cfg.max_prompt
         count = 2 * ranks.world * (cfg.micro_tokens // length)
         batch, tokens = (
-            random_batch(count, length, s.vocab, length // 4),
+            random_batch(count, length, s.vocab, cfg.max_prompt),
             count * length / ranks.world,
         )
         work = partial(update, learners, batch, range(count), method, plan, Meter())

@@ -1,6 +1,6 @@
-"""How many responses a second are judged: a Judge, and math-verify on the whole response in one thread, as most code does.
+"""How many responses a second are judged: a Judge, and math-verify alone in one thread.
 
-python tools/bench_reward.py [--responses 2048] [--workers 2], with the golds of $REMIX_DATA. Not a test.
+python tools/bench_reward.py [--responses 2048] [--workers 2], with the golds of $REMIX_DATA.
 """
 
 import argparse
@@ -17,10 +17,11 @@ from reward import Judge
 
 
 def make(count: int, rng: random.Random) -> list[tuple[str, str | list[str], str]]:
-    """Responses of about 8k tokens. Half are right, in other words; half give another problem's answer."""
+    """Responses of about 8k tokens. Half are right, half give another problem's answer."""
     files = sorted((Path(os.environ["REMIX_DATA"]) / "benchmarks").glob("*.jsonl"))
     golds = [json.loads(line)["answer"] for path in files for line in path.read_text().splitlines()]
-    line = r"We have $x^2 + \frac{a}{b} = 4.5 \cdot 10^3$, so that {n} of the pairs remain; let me check that again. "
+    line = r"We have $x^2 + \frac{a}{b} = 4.5 \cdot 10^3$, so that {n} of the pairs remain; "
+    line += "let me check that again. "
     items = []
     for i in range(count):
         answer, other = rng.sample(golds, 2)
