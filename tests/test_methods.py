@@ -11,14 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis
-from hypothesis import strategies as st
-
-import methods
-import train
-from advantage import group_advantages
-from buffer import Batch, RingBuffer, Sample
 from by_hand import (
     ADVANTAGE,
     ALONE,
@@ -43,10 +35,18 @@ from by_hand import (
     sample,
     settings,
 )
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+
+import methods
+import train
+from advantage import group_advantages
+from buffer import Batch, RingBuffer, Sample
 from infra import checkpoint, guards, metrics
 from infra.config import ConfigError, flag
 from infra.metrics import Meter
-from loss import mix_ppg, value_loss
+from loss import value_loss
 from methods import NUMBERS, ROWS, ByName, Method, dry_run, total_rollouts
 
 SIX = ("ppo", "grpo", "mix-ppo", "mix-grpo", "remix-ppo", "remix-grpo")

@@ -7,9 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-import train
-from buffer import Batch
 from by_hand import (
     ADVANTAGE,
     ALONE,
@@ -30,6 +27,9 @@ from by_hand import (
     sample,
     settings,
 )
+
+import train
+from buffer import Batch
 from infra import metrics
 from infra.metrics import METRICS, Meter, Recorder, console_line, step_metrics, truncate
 from infra.ranks import Ranks
