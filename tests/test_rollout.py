@@ -108,8 +108,8 @@ def test_order_of_calls_around_sleep(one):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("fewer", "ValueError"),
-        ("none", "ValueError"),
+        ("fewer", "RuntimeError"),
+        ("none", "RuntimeError"),
         ("empty", "0 tokens"),
         ("NaN", "not finite"),
         ("null", "not finite"),
