@@ -37,7 +37,8 @@ class Runs:
 
     def __call__(self, name, *flags, **sabotage):
         """Run train.py with flags; sabotage: "module.name" -> what replaces it meanwhile."""
-        print(f"== {name}", flush=True)
+        if self.ranks.first:
+            print(f"== {name}", flush=True)
         argv = [*map(str, flags), "--out", str(self.folder / name)]
         with contextlib.ExitStack() as stack:
             for target, value in sabotage.items():

@@ -169,7 +169,7 @@ def test_every_algorithm_on_real_problems(real_run, algo):
         if present:
             assert 0 < line["ess"] <= 1
             assert abs(line["ratio_mean_history"] - 1) < 0.5 < line["ratio_max_history"]
-        assert abs(line["ratio_mean_fresh"] - 1) < 0.2 and line["ratio_max_fresh"] > 1
+        assert abs(line["ratio_mean_fresh"] - 1) < 0.2 and line["ratio_max_fresh"] >= 1
         # statistics of the objective and of the row's weight, by themselves
         assert line["centre"] > 0 and (line.get("correct_weight") is not None) == (
             algo == "decoupled"
@@ -180,6 +180,7 @@ def test_every_algorithm_on_real_problems(real_run, algo):
         assert 0 < sum(line[name] for name in parts) < line["seconds_step"]
         assert line["memory_peak_gib"] > 0.1
         assert all(line[name] is None for name in METRICS if name.startswith("eval_"))
+    assert lines[2]["ratio_max_fresh"] > 1
     if history[2]:  # three quarters of what is held: both past versions are there
         assert lines[2]["staleness"][1] > 0 and lines[2]["staleness"][2] > 0
         assert lines[1]["ess"] > lines[2]["ess"]  # older samples weigh less evenly
