@@ -166,9 +166,11 @@ class Engine:
         long = len(mine) * max_tokens > 50_000  # tokens: worth a progress bar
         bar = partial(tqdm, leave=False) if long and self.ranks.first else False
         outputs = self.llm.generate(requests, parameters, use_tqdm=bar) if mine else []
+        if len(outputs) != len(mine):
+            raise RuntimeError(f"{len(outputs)} responses came to {len(mine)} requests")
         peer, found = self.ranks.rank % self.tp, {}
         # tensor-parallel peers hold the same responses: each reports its share
-        for i, output in list(zip(mine, outputs, strict=True))[peer :: self.tp]:
+        for i, output in list(zip(mine, outputs))[peer :: self.tp]:
             found[i] = as_response(output.outputs[0])
         for part in gather(found):
             found.update(part)

@@ -82,7 +82,7 @@ def test_alarms(one):
     for name, culprit in (
         ("missing", "model.norm.weight"),
         ("missing head", "lm_head.weight"),
-        ("unknown", "model.extra.weight"),
+        ("unknown", "'extra'"),
         ("unexpected", "model.norm.weight"),
     ):
         message, *then = seen[name]
@@ -108,8 +108,8 @@ def test_order_of_calls_around_sleep(one):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("fewer", "ValueError"),
-        ("none", "ValueError"),
+        ("fewer", "RuntimeError"),
+        ("none", "RuntimeError"),
         ("empty", "0 tokens"),
         ("NaN", "not finite"),
         ("null", "not finite"),
@@ -217,7 +217,7 @@ def test_samples_follow_the_policy_at_its_temperature(one, folder):
 
 
 def test_the_trainer_s_surroundings_are_left_alone(one, two):
-    """Python's, numpy's and torch's generators, LOCAL_WORLD_SIZE and the thread count."""
+    """LOCAL_WORLD_SIZE and the thread count."""
     assert one["untouched by Engine"]
     assert one["untied"]["untouched by generate"] and one["tied"]["untouched by generate"]
     for rank, tp in itertools.product(two, (1, 2)):
@@ -249,8 +249,8 @@ def test_colocated_takes_weights_generates_and_sleeps(one, two):
         update, generate, sleep = seen["engine"]
         assert update[:3] == ("update", 7, None) and "lm_head.weight" in update[3]
         assert generate[0] == "generate" and generate[3:] == (7, 0.7, LENGTH)
-        assert generate[1] == [PROMPTS[i] for i in range(5) for _ in range(3)]
-        every = itertools.product(range(17, 22), range(3))
+        assert generate[1] == [PROMPTS[i] for i in range(5) for _ in range(6)]
+        every = itertools.product(range(17, 22), range(6))
         assert generate[2] == [request_seed(5, 7, index, i) for index, i in every]
         assert sleep == ("sleep",) and seen["writer"] is None
         # an evaluation: the weights of now, whatever is asked of the engine, sleep
@@ -262,7 +262,7 @@ def test_colocated_gives_groups_of_judged_samples(one):
     groups, tokenizer = one["colocated"]["groups"], make_tokenizer()
     ((name, items),) = one["colocated"]["judge"]
     judged = iter(items)
-    assert name == "submit" and [len(group) for group in groups] == [3] * 5
+    assert name == "submit" and [len(group) for group in groups] == [6] * 5
     for i, group in enumerate(groups):
         assert len({tuple(s.response.tolist()) for s in group}) > 1
         for s in group:
@@ -274,14 +274,14 @@ def test_colocated_gives_groups_of_judged_samples(one):
                 continue
             text = tokenizer.decode(s.response, skip_special_tokens=True)
             assert next(judged) == (text, str(i), "hash")
-            assert (s.reward, s.reason) == ((len(text) + i) % 2, None)
+            assert (s.reward, s.reason) == (i % 2, None)
     assert next(judged, None) is None  # what was cut is not even judged
     flat = [s for group in groups for s in group]
     assert {s.reward for s in flat} == {0.0, 1.0} and {s.truncated for s in flat} == {True, False}
 
 
 def alike(groups, others, tolerance=0.0):
-    """Groups of Samples that are equal, but for the engine's rounding."""
+    """Groups of Samples that are equal, tokens to the last, log-probs to `tolerance`."""
     for a, b in zip(itertools.chain(*groups), itertools.chain(*others), strict=True):
         for field in fields(Sample):
             x, y = getattr(a, field.name), getattr(b, field.name)
@@ -293,8 +293,9 @@ def alike(groups, others, tolerance=0.0):
 
 
 def test_rollouts_are_the_same_on_every_rank_of_any_number(one, two):
-    for rank, (tp, tolerance) in itertools.product(two, ((1, 0.0), (2, 1e-4))):
-        assert alike(one["colocated"]["groups"], rank[tp]["colocated"]["groups"], tolerance)
+    """But for rounding: the weights come from an update by as many ranks."""
+    for rank, tp in itertools.product(two, (1, 2)):
+        assert alike(one["colocated"]["groups"], rank[tp]["colocated"]["groups"], 1e-4)
 
 
 class Letters:
@@ -348,6 +349,7 @@ def test_what_is_noted_of_a_response(monkeypatch):
     ((a, b, c, d),) = behaviour.rollouts(POLICY, 4, ASKED[:1])
     # a reward of one's own in place of the style; the style says what was said
     assert judge.calls == [("submit", [(text, "0", "mine:exact") for text in texts[:3]])]
+    assert {(s.version, s.prompt_index) for s in (a, b, c, d)} == {(3, 17)}
     assert [s.reward for s in (a, b, c, d)] == [1.0, 0.5, 0.0, 0.0]
     assert [s.reason for s in (a, b, c, d)] == [None, None, "no_box", "truncated"]
     assert a.said == b.said == canonical(r"\frac{1}{2}") and c.said is None

@@ -22,8 +22,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 import methods
@@ -180,6 +178,9 @@ def main():
     if args.ranks == 1:
         ranks = start(16)
     else:
+        import torch.distributed as dist
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
         dist.init_process_group("fake", rank=0, world_size=args.ranks, store=FakeStore())
         ranks = Ranks(0, args.ranks, args.ranks, torch.device("cuda:0" if cuda else "cpu"))
     for _, name, flags, variants in [case for case in CASES if case[0] == args.ranks]:
