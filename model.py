@@ -1,4 +1,4 @@
-"""Policy and critic under FSDP2: log-probs, entropy and values of response tokens, frozen snapshots.
+"""Policy and critic under FSDP2: log-probs, entropy and values of tokens, frozen snapshots.
 
 The modules see micro-batches of right-padded rows (prompt, response, padding), so that attention
 needs no mask, and return (b, T) tensors over response tokens alone, 0 at padding. Parameters are

@@ -18,9 +18,9 @@ from loss import LOG_RATIO_MAX
 def truncated(log_ratio, mask, weight_low=0.0, weight_high=2.0):
     """w = e^x, at least weight_low and at most weight_high, per token (B, T), without gradient.
 
-    log_ratio x (B, T), in nats. Where the two policies agree, w = 1 and nothing changes; cutting from
-    above bounds the variance and makes up for the ratio except where it is large. `mask` (B, T) is
-    read by the weights over sequences alone.
+    log_ratio x (B, T), in nats. Where the two policies agree, w = 1 and nothing changes; cutting
+    from above bounds the variance and makes up for the ratio except where it is large. `mask` (B,
+    T) is read by the weights over sequences alone.
     """
     ratio = log_ratio.detach().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp()
     return ratio.clamp(weight_low, weight_high)

@@ -1,1 +1,1 @@
-"""Plumbing: flags, data, workers, metrics, checkpoints. Can be believed without being read; imports nothing from outside."""
+"""Plumbing: can be believed without being read. Imports nothing from the door or family/."""

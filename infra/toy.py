@@ -1,8 +1,10 @@
-"""The embedded default: a tiny model and an arithmetic task on which ReMix can be measured on a laptop's CPU.
+"""The embedded default: a tiny model and an arithmetic task on which ReMix can be measured on a
+laptop's CPU.
 
-`a+b+c=` with digits 2 .. 9 (512 prompts, split 384 / 128 by a fixed hash) is answered by a chain of running totals, as in
-`8+6=14;14+4=18;#18`. The model is warmed up on noisy demonstrations of the 384 training prompts, so that about a quarter of its
-samples are right, in three styles, so that response length is free. Reinforcement learning then removes the learned noise.
+`a+b+c=` with digits 2 .. 9 (512 prompts, split 384 / 128 by a fixed hash) is answered by a chain of
+running totals, as in `8+6=14;14+4=18;#18`. The model is warmed up on noisy demonstrations of the
+384 training prompts, so that about a quarter of its samples are right, in three styles, so that
+response length is free. Reinforcement learning then removes the learned noise.
 
     python toy.py        # warm up, once (cached, about a minute on one CPU thread); prints the folder
 """
@@ -40,7 +42,8 @@ HEAD_SIZE = (
 
 
 def problems(split):
-    """The problems of "train" (384) or "test" (128): dicts with id, problem, answer. The split is fixed by a hash of the prompt."""
+    """The problems of "train" (384) or "test" (128): dicts with id, problem, answer. The split is
+    fixed by a hash of the prompt."""
     triples = [(a, b, c) for a in range(2, 10) for b in range(2, 10) for c in range(2, 10)]
     triples.sort(key=lambda t: hashlib.sha256("{}+{}+{}=".format(*t).encode()).digest())
     held = RECIPE["held_out"]
@@ -52,7 +55,8 @@ def problems(split):
 
 
 def demonstration(problem, rng):
-    """A response in one of three styles with label noise; an error is carried on consistently. `rng`: random.Random."""
+    """A response in one of three styles with label noise; an error is carried on consistently.
+    `rng`: random.Random."""
     a, b, c = (int(digit) for digit in problem.rstrip("=").split("+"))
     style = rng.choices(list(RECIPE["styles"]), RECIPE["styles"].values())[0]
     text, total = "", a
@@ -83,7 +87,8 @@ def make_tokenizer():
 
 
 def warm_up(folder):
-    """Supervised warm-up by the RECIPE; saves model and tokenizer to `folder` in Hugging Face format."""
+    """Supervised warm-up by the RECIPE; saves model and tokenizer to `folder` in Hugging Face
+    format."""
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
@@ -144,9 +149,11 @@ def warm_up(folder):
 
 
 def model_folder(first=True):
-    """Folder of the warmed-up model, made if missing by the `first` rank of each machine; its other ranks wait until it is there.
+    """Folder of the warmed-up model, made if missing by the `first` rank of each machine; its other
+    ranks wait until it is there.
 
-    The cache is keyed by the recipe, written aside and renamed, so a killed warm-up leaves nothing half done.
+    The cache is keyed by the recipe, written aside and renamed, so a killed warm-up leaves nothing
+    half done.
     """
     key = hashlib.sha256(json.dumps(RECIPE, sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remix"

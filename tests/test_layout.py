@@ -107,15 +107,6 @@ def test_every_file_has_a_docstring():
     assert [name for name, tree in TREES.items() if not ast.get_docstring(tree)] == []
 
 
-def test_no_line_is_wider_than_100_columns():
-    wide = []
-    for path in FILES.values():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if len(line) > 100:
-                wide.append(f"{path.relative_to(ROOT)}:{number}")
-    assert wide == []
-
-
 # The loop.
 
 

@@ -50,8 +50,8 @@ def metrics():
     lines = [
         "# Metrics",
         "",
-        "Made by `make docs`. Every line of metrics.jsonl has these keys; what is not there is null.",
-        "Only `seconds_*`, `tokens_per_second` and `memory_*` depend on the machine.",
+        "Made by `make docs`. Every line of metrics.jsonl has these keys, null where there is no",
+        "such thing. Only `seconds_*`, `tokens_per_second` and `memory_*` depend on the machine.",
         "",
         table(["metric", "meaning"], rows),
         "",

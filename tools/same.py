@@ -26,8 +26,8 @@ CASES = {
 }
 TIS = {True: "--tis 1.0", False: "--mismatch truncated --mismatch_high 1.0"}
 EXTRA = {
-    "vtrace": f"--algo remix-ppo {PPO} --history_advantage vtrace --aggregate sequence --gamma 0.99 "
-    "--gae_lambda 0.9 TIS",
+    "vtrace": f"--algo remix-ppo {PPO} --history_advantage vtrace --aggregate sequence "
+    "--gamma 0.99 --gae_lambda 0.9 TIS",
     "old": f"--algo remix-grpo {GRPO} --anchor old --aggregate constant --kl_estimator k2 --p 0.6 "
     "--window 3 --utd 3",
 }
