@@ -51,7 +51,8 @@ def train(cfg, task, judge, ranks, say):
     buffer, prompts = RingBuffer(cfg.window), data.PromptStream(task.problems, cfg.seed)
     if cfg.resume and (latest := checkpoint.newest(cfg.out)):
         done, snapshots = checkpoint.load(latest, learners, buffer)
-        say(f"resuming after step {done}, from {latest}")
+    if cfg.resume:
+        say(f"resuming after step {done}")
     recorder, alarms = Recorder(cfg, done, task, ranks), guards.Alarms(cfg, say)
     examiner, clock = Examiner(cfg, task, behaviour, policy, recorder), recorder.clock
     why = None

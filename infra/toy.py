@@ -1,12 +1,11 @@
-"""The embedded default: a tiny model and an arithmetic task on which ReMix can be measured on a
-laptop's CPU.
+"""The embedded default: a tiny model and an arithmetic task, to measure ReMix on a laptop's CPU.
 
 `a+b+c=` with digits 2 .. 9 (512 prompts, split 384 / 128 by a fixed hash) is answered by a chain of
 running totals, as in `8+6=14;14+4=18;#18`. The model is warmed up on noisy demonstrations of the
 384 training prompts, so that about a quarter of its samples are right, in three styles, so that
 response length is free. Reinforcement learning then removes the learned noise.
 
-    python toy.py        # warm up, once (cached, about a minute on one CPU thread); prints the folder
+    python -m infra.toy    # warm up, once (about a minute on one CPU thread); prints the folder
 """
 
 import hashlib
