@@ -165,7 +165,8 @@ def model_folder(first=True):
             aside = Path(tempfile.mkdtemp(prefix="warming-", dir=cache))
         except OSError as error:
             raise OSError(
-                f"the embedded default cannot be kept in {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written"
+                f"the embedded default cannot be kept in {cache} ({error.strerror}): set "
+                "XDG_CACHE_HOME to a folder that can be written"
             ) from None
         try:
             warm_up(aside)
