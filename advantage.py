@@ -21,12 +21,9 @@ from loss import LOG_RATIO_MAX
 
 
 def _backward(rewards, values, trace, mask, gamma, lam):
-    """A_t = δ_t + γλ·trace_{t+1}·A_{t+1} and trace_t·A_t + V_t, from the last token to the first.
-    (B, T) each."""
+    """A_t = δ_t + γλ·trace_{t+1}·A_{t+1} and trace_t·A_t + V_t, from last to first: (B, T)."""
     keep = mask != 0  # (B, T)
-    rewards, values, trace = (
-        torch.where(keep, x, 0.0) for x in (rewards, values, trace)
-    )  # (B, T) each
+    rewards, values, trace = (torch.where(keep, x, 0.0) for x in (rewards, values, trace))
     advantages = torch.zeros_like(rewards + values)  # (B, T)
     next_value = next_advantage = advantages.new_zeros(len(keep))  # (B,): V and c̄·A at t + 1
     for t in reversed(range(keep.shape[1])):
@@ -51,8 +48,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
 @torch.no_grad()
 def vtrace(rewards, values, logp_old, logp_behavior, mask, gamma=1.0, lam=1.0, c_bar=1.0):
-    """V-trace advantages of GePPO (arXiv 2111.00072), for tokens of a past policy. All tensors (B,
-    T).
+    """V-trace advantages of GePPO (arXiv 2111.00072), for tokens of a past policy: (B, T) each.
 
         c̄_t = min(c_bar, π_k/π_{k−i})    A_t = δ_t + γλ·c̄_{t+1}·A_{t+1}    returns = c̄_t·A_t + V_t
 
@@ -97,9 +93,7 @@ def whiten(advantages, mask):
     """
     keep = mask != 0  # (B, T)
     tokens = keep.sum().clamp(min=1)
-    exact = torch.where(
-        keep, advantages, 0.0
-    ).double()  # (B, T); double for the reason given in group_advantages
+    exact = torch.where(keep, advantages, 0.0).double()  # (B, T)
     centred = torch.where(keep, exact - exact.sum() / tokens, 0.0)  # (B, T)
     std = (centred.square().sum() / (tokens - 1).clamp(min=1)).sqrt()
     return (centred / (std + 1e-8)).to(advantages.dtype)

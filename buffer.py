@@ -1,5 +1,4 @@
-"""What is kept of a response, the batch of one step, and the ring buffer tagged with policy
-version.
+"""What is kept of a response, the batch of one step, the ring buffer tagged with versions.
 
 At training step k (k steps are complete, the policy is π_k) the history that may be drawn is what
 was pushed after the steps k − N … k − 1, N being the window. ReMix (arXiv 2507.06892) draws i ~ ν,
@@ -10,6 +9,7 @@ A group is the list of the n samples written together for one prompt: it is stor
 so that its baseline (GRPO) stays what it was.
 """
 
+import itertools
 from dataclasses import dataclass, fields
 
 import torch
@@ -64,16 +64,14 @@ class Batch(dict):
         self.fresh = sum(map(len, fresh))
         self["group"] = [number for number, group in enumerate(groups) for _ in group]
         self["is_fresh"] = [i < self.fresh for i in range(len(self.samples))]
-        self.groups = [[] for _ in groups]
-        for i, number in enumerate(self["group"]):
-            self.groups[number].append(i)
+        row = itertools.count()
+        self.groups = [[next(row) for _ in group] for group in groups]
 
     def __missing__(self, name):
         return [getattr(sample, name) for sample in self.samples]
 
     def gap(self):
-        """|log-prob by trainer − by engine| of the fresh tokens, (n,): rounding if weights
-        agree."""
+        """|log-prob by trainer − by engine| of the fresh tokens, (n,)."""
         pairs = [(s.logp_behavior, s.logp_sampler) for s in self.samples[: self.fresh]]
         return torch.cat([(behavior - sampler).abs() for behavior, sampler in pairs])
 
@@ -90,8 +88,8 @@ class Batch(dict):
         if not rows:
             one = self.padded(names, [0], device)
             return {name: torch.zeros_like(column[:, :1]) for name, column in one.items()}
-        found, lengths = {}, [len(self.samples[i].response) for i in rows]
-        found["mask"] = pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
+        ones = [torch.ones(len(self.samples[i].response), dtype=torch.bool) for i in rows]
+        found = {"mask": pad_sequence(ones, batch_first=True)}
         for name in names:
             column = self[name]
             entries = [column[i] for i in rows]
@@ -99,13 +97,11 @@ class Batch(dict):
                 found[name] = pad_sequence(entries, batch_first=True)
             else:
                 found[name] = torch.tensor(entries)[:, None]
-        found["mask"] = found["mask"].bool()
         return {name: column.to(device) for name, column in found.items()}
 
 
 class RingBuffer:
-    """Groups of the last `window` pushes, each tagged with a version. len() is the number of
-    groups.
+    """Groups of the last `window` versions. len() is the number of groups.
 
     Each operation depends on the contents, their order and the given rng only, so that ranks which
     push the same groups and seed alike draw the same. It never looks inside a group. Raises
@@ -126,8 +122,7 @@ class RingBuffer:
         return [version for version, _ in self._entries]
 
     def push(self, version, groups):
-        """Add the groups (lists of samples) of the step that made policy version + 1 out of
-        `version`.
+        """Add the groups (lists of samples) of the step that turned `version` into the next.
 
         Evicts what no later step could draw: the next step is version + 1 at the earliest and draws
         v ≥ version + 1 − window. No groups add nothing and evict all the same.
@@ -142,8 +137,7 @@ class RingBuffer:
         self._entries = [entry for entry in self._entries if entry[0] > version - self.window]
 
     def sample(self, n_groups, version, rng, weights=None):
-        """Draw up to n_groups whole groups with version − window ≤ v < version, without
-        replacement.
+        """Draw n_groups whole groups of version − window ≤ v < version without replacement.
 
         rng: random.Random. All eligible groups are equally likely, or in proportion to
         weights[age], where weights: dict of age (version − v, from 1 to window) to a weight ≥ 0 and
@@ -170,8 +164,7 @@ class RingBuffer:
         return [group for _, group in sorted(race, key=lambda entry: entry[0])[:n_groups]]
 
     def state_dict(self):
-        """{"window": int, "entries": [(version, groups), …]}, oldest first; samples as plain
-        dicts."""
+        """{"window": int, "entries": [(version, groups), …]}; samples as plain dicts."""
         entries = [
             (version, [list(map(_plain, group)) for group in groups])
             for version, groups in self._entries
@@ -191,5 +184,4 @@ def _plain(sample):
 
 
 def _sample(plain):
-    names = [field.name for field in fields(Sample)]
-    return Sample(**plain) if isinstance(plain, dict) and list(plain) == names else plain
+    return Sample(**plain) if isinstance(plain, dict) and "response" in plain else plain

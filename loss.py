@@ -80,8 +80,7 @@ def mix_ppg(logp, logp_old, logp_behavior, advantages, clip_low=0.2, clip_high=0
 
 
 def ppo(logp, logp_old, advantages, clip_low=0.2, clip_high=0.2):
-    """PPO's clip around π_k (arXiv 1707.06347): Mix-PPG where π_k itself wrote the sample, so c =
-    1.
+    """PPO's clip around π_k (arXiv 1707.06347): Mix-PPG as if π_k had written the sample.
 
         r = exp(logp − logp_old)    loss = −min( r·A, clip(r, 1 − clip_low, 1 + clip_high)·A )
 
@@ -123,11 +122,8 @@ def kl_convex(logp, logp_base, logp_prev, lam, estimator="k3"):
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam {lam} is outside [0, 1]: the two KL terms are combined convexly")
-    if lam == 1:
-        return kl(logp, logp_base, estimator)
-    if lam == 0:
-        return kl(logp, logp_prev, estimator)
-    return lam * kl(logp, logp_base, estimator) + (1 - lam) * kl(logp, logp_prev, estimator)
+    anchors = (lam, logp_base), (1 - lam, logp_prev)
+    return sum(weight * kl(logp, ref, estimator) for weight, ref in anchors if weight)
 
 
 def kl_lambda(step, start=50, every=10, drop=0.1, floor=0.5):
@@ -183,9 +179,7 @@ def aggregate(per_token, mask, mode="token", denominator=None):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, per_token {tuple(per_token.shape)}")
     keep = mask != 0  # (B, T)
     tokens = keep.sum(-1)  # (B,)
-    sums = torch.where(keep, per_token, 0.0).sum(
-        -1
-    )  # (B,); a product with the mask would keep NaN: 0·NaN = NaN
+    sums = torch.where(keep, per_token, 0.0).sum(-1)  # (B,); not a product: 0·NaN = NaN
     if mode == "sequence":
         total, count = (sums / tokens.clamp(min=1)).sum(), (tokens > 0).sum()
     else:

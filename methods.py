@@ -16,6 +16,8 @@ import sys
 from collections import ChainMap
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 
@@ -29,6 +31,8 @@ from loss import entropy_bonus, kl, kl_convex, kl_lambda, mix_ppg, ppo, value_lo
 OBJECTIVES = {"mix-ppg": mix_ppg, "ppo": ppo}
 ADVANTAGES = {"gae": gae, "vtrace": vtrace, "group": group_advantages}
 WEIGHTS = {"none": None, "truncated": truncated}
+# Cell -> numerator and denominator of the ratio that its weight is a function of.
+RATIOS = {"correct": ("logp_old", "logp_behavior"), "mismatch": ("logp_behavior", "logp_sampler")}
 # Added to the objective, each times the flag that it stands under; off where that is 0.
 TERMS = {"beta": kl_convex, "entropy": entropy_bonus}
 
@@ -56,12 +60,12 @@ NUMBERS = {
     "objective": flag("mix-ppg", "policy objective", PAPER, choices=OBJECTIVES, fixed=True),
     "advantage": flag("gae", "gae: a critic; group: group baseline", PAPER,
                       choices=("gae", "group"), fixed=True),
-    "history_advantage": flag("gae", "under a critic; vtrace: history counts as far as π_k would "
-                              "have gone there", INFERRED, choices=("gae", "vtrace"),
+    "history_advantage": flag("gae", "of history under a critic: GAE, or GePPO's V-trace",
+                              INFERRED, choices=("gae", "vtrace"),
                               needs="values"),
-    "correct": flag("none", "weight π_k/π_behaviour, for objectives that do not see the writer",
+    "correct": flag("none", "weight π_k/π_behaviour of the objective, which does not see who wrote",
                     choices=WEIGHTS),
-    "mismatch": flag("auto", "weight π_behaviour/π_engine; auto: truncated (TIS), none where all "
+    "mismatch": flag("auto", "weight π_behaviour/π_engine of it; auto: truncated, none where all "
                      "is float32", INFERRED, choices=("auto", *WEIGHTS)),
     # the schedule
     "steps": flag(350, "training steps", PAPER, least=1, most=10**6),
@@ -80,13 +84,13 @@ NUMBERS = {
                         fixed=True),
     "minibatch": flag(32, "prompts per gradient update, over all ranks (the last one smaller)",
                       AUTHORS, least=1, fixed=True),
-    "lambda_start": flag(50, "step after which λ(t) falls", PAPER, needs="beta", fixed=True),
-    "lambda_every": flag(10, "steps between falls", PAPER, least=1, needs="beta", fixed=True),
-    "lambda_drop": flag(0.1, "size of a fall", PAPER, needs="beta", fixed=True),
+    "lambda_start": flag(50, "step after which λ(t) falls", PAPER, needs="logp_prev", fixed=True),
+    "lambda_every": flag(10, "steps between falls", PAPER, least=1, needs="logp_prev", fixed=True),
+    "lambda_drop": flag(0.1, "size of a fall", PAPER, needs="logp_prev", fixed=True),
     "lambda_floor": flag(0.5, "lowest λ(t); 1: KL to the base alone", PAPER, most=1, needs="beta",
                          fixed=True),
     "anchor": flag("prev", "precedent policy: prev = π_{k−1}, old = π_k", PAPER,
-                   choices=("prev", "old"), needs="beta", fixed=True),
+                   choices=("prev", "old"), needs="logp_prev", fixed=True),
     # the loss
     "clip_low": flag(None, "ε below the clip's centre", AUTHORS, type=float),
     "clip_high": flag(None, "ε above the clip's centre", AUTHORS, type=float),
@@ -94,7 +98,7 @@ NUMBERS = {
     "correct_high": flag(None, "largest --correct weight", type=float),
     "mismatch_low": flag(None, "least --mismatch weight", type=float),
     "mismatch_high": flag(None, "largest --mismatch weight", INFERRED, type=float),
-    "beta": flag(1e-3, "weight of the KL term", INFERRED),
+    "beta": flag(1e-3, "weight of the KL term", INFERRED, fixed=True),
     "kl_estimator": flag(None, "per-token KL estimator", INFERRED, choices=("k1", "k2", "k3")),
     "entropy": flag(1e-3, "c: weight of the entropy bonus", INFERRED),
     "aggregate": flag("token", "how per-token losses become one number", INFERRED,
@@ -109,7 +113,7 @@ NUMBERS = {
     # optimisation
     "lr": flag(1e-6, "learning rate of the policy", AUTHORS, most=1e3),
     "critic_lr": flag(1e-5, "learning rate of the critic", AUTHORS, most=1e3, needs="values"),
-    "warmup": flag(0, "steps of linear learning-rate warm-up", AUTHORS),
+    "warmup": flag(0, "steps of linear learning-rate warm-up", AUTHORS, fixed=True),
     "weight_decay": flag(0.01, "of AdamW", "inferred: AdamW's default"),
     "adam_beta2": flag(0.999, "second β of AdamW (the first is 0.9)", "inferred: AdamW's default",
                        most=0.9999999),
@@ -119,39 +123,31 @@ NUMBERS = {
 
 
 class ByName:
-    """A function whose arguments are found by their names. `renamed`: parameter -> the name it goes
-    by here."""
+    """A function called with arguments found by name. renamed: parameter -> its name here."""
 
     def __init__(self, function, **renamed):
-        self.function, self.parameters = function, inspect.signature(function).parameters
-        self.names = {name: renamed.get(name, name) for name in self.parameters}
+        self.function, own = function, inspect.signature(function).parameters
+        self.names = {name: renamed.get(name, name) for name in own}
+        self.defaults = {
+            self.names[n]: p.default for n, p in own.items() if p.default is not p.empty
+        }
 
     def __call__(self, *sources):
-        """Calls it with what the first of `sources` (dicts) has under a name; None and nothing mean
-        its own default."""
-        found = ChainMap(*sources)
-        arguments = {}
+        """Call it with what `sources` (dicts, the first wins) hold; None is its own default."""
+        found, arguments = ChainMap(*sources), {}
         for name, known_as in self.names.items():
-            optional = self.parameters[name].default is not inspect.Parameter.empty
-            if not optional or found.get(known_as) is not None:
+            if known_as not in self.defaults or found.get(known_as) is not None:
                 arguments[name] = found[known_as]
         return self.function(**arguments)
-
-    def defaults(self):
-        """{the name a parameter goes by: its own default}."""
-        found = {self.names[name]: one.default for name, one in self.parameters.items()}
-        return {
-            name: value for name, value in found.items() if value is not inspect.Parameter.empty
-        }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training step does, decided by flags and time alone. Groups are counted over all
-    ranks."""
+    """What one training step does, by flags and time alone. Groups count over all ranks."""
 
     step: int
     phase: str  # mixed: with history; on-policy
+    remember: bool  # push the fresh groups: a later step may draw them
     first: int  # position of the step's first prompt in the endless stream
     fresh: int  # groups to generate
     history: int  # groups to draw
@@ -183,54 +179,37 @@ class Method:
             "policy": (self.policy_loss, cfg.aggregate),
             "critic": (self.critic_loss, "token"),
         }
-        self.weights = {}  # cell -> (weight, above, below): of the ratio above / below
-        for cell, above, below in (
-            ("correct", "logp_old", "logp_behavior"),
-            ("mismatch", "logp_behavior", "logp_sampler"),
-        ):
+        self.weights = {}
+        for cell in RATIOS:
             if weight := WEIGHTS.get(getattr(cfg, cell)):
-                limits = {"weight_low": f"{cell}_low", "weight_high": f"{cell}_high"}
-                self.weights[cell] = ByName(weight, **limits), above, below
+                limits = dict(weight_low=f"{cell}_low", weight_high=f"{cell}_high")
+                self.weights[cell] = ByName(weight, **limits)
         self.terms = {
             name: ByName(term, estimator="kl_estimator")
             for name, term in TERMS.items()
             if getattr(cfg, name)
         }
-        self.weight_of_base = ByName(
-            kl_lambda, **{name: f"lambda_{name}" for name in ("start", "every", "drop", "floor")}
-        )
-
-    @property
-    def anchors(self):
-        """The frozen policies that a run keeps from its start: the base, where it is read."""
-        return ["base"] if "logp_base" in self.reads() else []
-
-    def active(self):
-        """All functions that the run calls."""
-        weights = [weight for weight, _, _ in self.weights.values()]
-        found = [self.objective, self.estimator, *weights, *self.terms.values()]
-        if self.critic:
-            found.append(self.value_loss)
-        if "beta" in self.terms:
-            found.append(self.weight_of_base)
-        return found
-
-    def reads(self):
-        """The names of everything that they read: tensors and numbers."""
-        ratios = {name for _, *pair in self.weights.values() for name in pair}
-        return ratios.union(*(function.names.values() for function in self.active()))
+        shape = {name: f"lambda_{name}" for name in ("start", "every", "drop", "floor")}
+        self.weight_of_base = ByName(kl_lambda, **shape)
+        # all functions that the run calls, and the names of what they read: tensors and numbers
+        self.active = [self.objective, self.estimator, *self.weights.values(), *self.terms.values()]
+        self.active += [self.value_loss] * self.critic + [self.weight_of_base] * bool(cfg.beta)
+        ratios = {name for cell in self.weights for name in RATIOS[cell]}
+        self.reads = ratios.union(*(function.names.values() for function in self.active))
+        if cfg.lambda_floor == 1:  # then λ(t) never leaves 1
+            self.reads -= {"logp_prev"}
+        # the frozen policies that a run keeps from its start
+        self.frozen = ["base"] if "logp_base" in self.reads else []
 
     def reads_number(self, name):
-        """Whether the run looks at the number `name`: a function's own, or one that needs
-        another."""
+        """Whether the run looks at the number `name`."""
         one = NUMBERS[name]
         if one.needs:
-            return bool(self.numbers.get(one.needs)) or one.needs in self.reads()
-        return one.default is not None or name in self.reads()
+            return bool(self.numbers.get(one.needs)) or one.needs in self.reads
+        return one.default is not None or name in self.reads
 
     def check(self):
-        """Raise ConfigError for what cannot work, and for a typed number that the run does not
-        read."""
+        """Raise ConfigError for what cannot work and for typed numbers that nothing reads."""
         cfg = self.cfg
 
         def need(fine, message):
@@ -261,10 +240,9 @@ class Method:
                 )
 
     def resolve(self):
-        """Give the numbers that functions have defaults for these defaults, where nothing else did:
-        config.json keeps them."""
-        for function in self.active():
-            for name, value in function.defaults().items():
+        """Where a number is still None, take the function's own default: for config.json."""
+        for function in self.active:
+            for name, value in function.defaults.items():
                 if self.numbers.get(name, 0) is None:
                     setattr(self.cfg, name, value)
 
@@ -281,12 +259,13 @@ class Method:
         mixed = min(k, cfg.reincarnate or k)  # steps of the first phase behind us
         passes = cfg.utd if before else cfg.utd_after
         lam, later = (self.weight_of_base({"step": t}, self.numbers) for t in (step, step + 1))
-        references = dict.fromkeys(self.anchors, 0 if before else cfg.reincarnate)
-        if "logp_prev" in self.reads() and lam < 1:
+        references = dict.fromkeys(self.frozen, 0 if before else cfg.reincarnate)
+        if "logp_prev" in self.reads and lam < 1:
             references["prev"] = k if cfg.anchor == "old" else max(k - 1, 0)  # π_{−1} = π_0
         return Plan(
             step=step,
             phase="mixed" if before and cfg.p > 0 else "on-policy",
+            remember=before and cfg.p > 0,
             first=k * cfg.prompts - mixed * share,
             fresh=fresh,
             history=history,
@@ -295,7 +274,7 @@ class Method:
             lam=lam,
             scale=min(1.0, step / cfg.warmup) if cfg.warmup else 1.0,
             references=references,
-            keep_old="logp_prev" in self.reads() and cfg.anchor == "prev" and later < 1,
+            keep_old="logp_prev" in self.reads and cfg.anchor == "prev" and later < 1,
             reincarnate=step == cfg.reincarnate,
         )
 
@@ -326,10 +305,7 @@ class Method:
 
     def columns(self, batch):
         """The names of the batch's columns that the losses read."""
-        named = {"is_fresh"}.union(*(pair for _, *pair in self.weights.values()))
-        for function in (self.objective, *self.terms.values(), *[self.value_loss] * self.critic):
-            named.update(function.names.values())
-        return sorted(name for name in named if batch.has(name))
+        return sorted(name for name in self.reads | {"is_fresh"} if batch.has(name))
 
     def policy_loss(self, b, out, plan):
         """The objective times its weights plus its terms.
@@ -341,7 +317,8 @@ class Method:
         absent = dict.fromkeys(("logp_base", "logp_prev"))
         sources = (b, absent, {"lam": plan.lam}, self.numbers)
         loss, stats = self.objective(*sources)
-        for cell, (weight, above, below) in self.weights.items():
+        for cell, weight in self.weights.items():
+            above, below = RATIOS[cell]
             stats[f"{cell}_weight"] = weight({"log_ratio": b[above] - b[below]}, *sources)
             loss = loss * stats[f"{cell}_weight"]
         stats |= {"policy_loss": loss.detach(), "entropy": b["entropy"].detach()}
@@ -369,12 +346,15 @@ def parse(argv):
     cfg = config.parse(argv, NUMBERS, ROWS)
     world = (cfg.gpus or cfg.tp) if cfg.dry_run else int(os.environ.get("WORLD_SIZE", 1))
     config.check(cfg, config.FLAGS | NUMBERS, world)
+    if cfg.mismatch == "auto" and cfg.given & {"mismatch_low", "mismatch_high"}:
+        cfg.mismatch = "truncated"
     if not cfg.dry_run:
         config.check_files(cfg)
         if cfg.dtype == "auto":
             cfg.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        if cfg.mismatch == "auto":  # in float32 trainer and engine differ by rounding alone
-            cfg.mismatch = "none" if cfg.dtype == "float32" else "truncated"
+        # in float32 trainer and engine differ by rounding alone
+        auto = "none" if cfg.dtype == "float32" else "truncated"
+        cfg.mismatch = auto if cfg.mismatch == "auto" else cfg.mismatch
     method = Method(cfg)
     method.check()
     method.resolve()
@@ -394,23 +374,19 @@ def dry_run(cfg):
     """The schedule as text, phase by phase; the last line is `total rollouts: N`."""
     method, lines = Method(cfg), []
     plans = [method.plan(step) for step in range(1, cfg.steps + 1)]
-    shapes = [(p.phase, p.fresh, p.history, p.passes, p.updates) for p in plans]
-    begin = 0
-    for i, plan in enumerate(plans):
-        if plan is plans[-1] or shapes[i + 1] != shapes[i]:
-            lines.append(
-                f"steps {begin + 1:>5} to {plan.step:>5}: {plan.phase:<9}  {plan.fresh} fresh + "
-                f"{plan.history} history groups of {cfg.group_size}, {plan.passes} passes = "
-                f"{plan.updates} updates a step"
-            )
-            begin = i + 1
+    for shape, alike in groupby(plans, attrgetter(*"phase fresh history passes updates".split())):
+        phase, fresh, history, passes, updates = shape
+        first, *_, last = [plan.step for plan in alike] * 2
+        lines.append(
+            f"steps {first:>5} to {last:>5}: {phase:<9}  {fresh} fresh + {history} history groups "
+            f"of {cfg.group_size}, {passes} passes = {updates} updates a step"
+        )
     if 0 < cfg.reincarnate < cfg.steps:
         lines.append(f"reincarnation after step {cfg.reincarnate}: base <- policy, history off")
-    called = ", ".join(function.function.__name__ for function in method.active())
-    kept = sorted({name for plan in plans for name in plan.references})
-    lines.append(
-        f"calls {called}; keeps {', '.join(['policy', *['critic'] * method.critic, *kept])}"
-    )
+    called = ", ".join(function.function.__name__ for function in method.active)
+    kept = {name for p in plans for name, version in p.references.items() if version < p.version}
+    models = ["policy", *["critic"] * method.critic, *sorted(kept)]
+    lines.append(f"calls {called}; keeps {', '.join(models)}")
     lines.append(f"gradient updates: {sum(plan.updates for plan in plans)}")
     if cfg.gpus:
         lines += memory.report(cfg, cfg.gpus, cfg.gpu_memory)

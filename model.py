@@ -13,14 +13,19 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.utils import logging
+from tqdm import tqdm
 
 from infra.ranks import gather
 
 
 def pretrained(kind, folder, empty):
-    """A float32 model on the CPU from a Hugging Face folder, or its `empty` skeleton on meta."""
+    """A float32 model on the CPU from a Hugging Face folder, or its `empty` skeleton on meta.
+
+    kind: name of an Auto class of transformers.
+    """
+    import transformers
+
+    kind, logging = getattr(transformers, kind), transformers.utils.logging
     logging.disable_progress_bar()
     # else the critic's backbone reports the head that it does not want
     logging.set_verbosity_error()
@@ -28,7 +33,7 @@ def pretrained(kind, folder, empty):
     if not empty:
         return kind.from_pretrained(folder, use_safetensors=True, **safe)
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return kind.from_config(config, **safe).eval()
 
 
@@ -44,7 +49,7 @@ class Policy(nn.Module):
 
     def __init__(self, folder, temperature, empty=False):
         super().__init__()
-        self.lm = pretrained(AutoModelForCausalLM, folder, empty)
+        self.lm = pretrained("AutoModelForCausalLM", folder, empty)
         self.temperature = temperature
 
     @property
@@ -79,7 +84,7 @@ class Critic(nn.Module):
 
     def __init__(self, folder, empty=False):
         super().__init__()
-        self.backbone = pretrained(AutoModel, folder, empty)
+        self.backbone = pretrained("AutoModel", folder, empty)
         self.value = nn.Linear(self.backbone.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
@@ -158,14 +163,9 @@ class Learner:
     """
 
     def __init__(self, module, lr, cfg, ranks):
+        from torch.distributed import fsdp
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import (
-            CPUOffloadPolicy,
-            MixedPrecisionPolicy,
-            OffloadPolicy,
-            fully_shard,
-        )
 
         self.cfg, self.ranks, self.module, self.lr = cfg, ranks, module, lr
         weights = module.state_dict() if ranks.first else {}
@@ -178,17 +178,19 @@ class Learner:
         sharding = dict(
             mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
             reshard_after_forward=True,
-            mp_policy=MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32),
-            offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
+            mp_policy=fsdp.MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32),
+            offload_policy=fsdp.OffloadPolicy(),
         )
+        if offload:
+            sharding["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=cuda)
         if isinstance(module, Policy):
             module.lm.tie_weights()
             self.names = set(module.lm.state_dict())  # what the engine must receive
         for layer in module.backbone.layers:
             if cfg.activation_checkpointing:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-            fully_shard(layer, **sharding)
-        fully_shard(module, **sharding)  # the root too reshards after forward: see _exchange
+            fsdp.fully_shard(layer, **sharding)
+        fsdp.fully_shard(module, **sharding)  # the root too reshards after forward: see _exchange
         module.to_empty(device="cpu" if offload else ranks.device)
         # its frequencies are in no checkpoint
         rotary = module.backbone.rotary_emb
@@ -213,17 +215,18 @@ class Learner:
         return deal(lengths, self.ranks.world, self.cfg.micro_tokens)[self.ranks.rank]
 
     @torch.no_grad()
-    def predict(self, samples, progress=iter):
+    def predict(self, samples):
         """log π (of a critic: V) of every sample: a list of (T,) CPU tensors, on every rank.
 
         A collective.
         """
         if not samples:
             return []
-        mine, found = {}, {}
-        for indices in progress(self.micro_batches(samples)):
+        mine, found, what = {}, {}, self.module.predicts
+        quiet = dict(leave=False, delay=2, disable=not self.ranks.first)
+        for indices in tqdm(self.micro_batches(samples), what, **quiet):
             inputs = collate([samples[i] for i in indices], self.ranks.device)
-            rows = self.module(**inputs)[self.module.predicts].float().cpu()  # (b, T)
+            rows = self.module(**inputs)[what].float().cpu()  # (b, T)
             for i, row in zip(indices, rows):
                 mine[i] = row[: len(samples[i].response)].clone()
         for part in gather(mine):

@@ -109,20 +109,18 @@ class Engine:
         """
         if self.version == version and not self.asleep:
             return
-        self.version, taken = None, []
+        self.version, taken = None, set()
 
-        def counted():
+        def noted():
             for name, tensor in tensors:
-                taken.append(name)
+                taken.add(name)
                 yield name, tensor
-            taken.append("the end")
 
         if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
-        if set(taken) != expected | {"the end"}:
-            differ = sorted(set(taken) ^ (expected | {"the end"}))[:5]
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": noted()})
+        if differ := sorted(taken ^ expected)[:5]:
             raise RuntimeError(
                 f"the engine did not take the weights of version {version}: {differ}"
             )
@@ -212,7 +210,19 @@ def as_response(output):
     )
 
 
-class Colocated:
+class Behaviour:
+    """Who writes the rollouts. What a subclass does not say: π_k does, and nothing evaluates."""
+
+    gap_bound = math.inf  # the largest mean |engine − trainer| of the log-probs that is rounding
+
+    def writer(self, policy):
+        return None
+
+    def evaluate(self, policy, version, ask):
+        return None
+
+
+class Colocated(Behaviour):
     """vLLM in the trainer's process, asleep while it trains: π_k itself writes."""
 
     def __init__(self, cfg, task, judge, ranks):
@@ -238,14 +248,13 @@ class Colocated:
         self.engine.sleep()
         samples = []
         for (index, problem, _), response in zip(wanted, responses):
-            prompt, answer = torch.tensor(problem["prompt_ids"]), problem["answer"]
-            known = dict(prompt=prompt, version=version, prompt_index=index, answer=answer)
-            samples.append(Sample(**known, **response))
+            known = dict(version=version, prompt_index=index, answer=problem["answer"])
+            samples.append(Sample(torch.tensor(problem["prompt_ids"]), **known, **response))
         self.verify(samples)
         n = cfg.group_size
         groups = [samples[i : i + n] for i in range(0, len(samples), n)]
         if cfg.dump_rollouts and self.ranks.first:
-            record(cfg.out, step, groups)
+            write_record(cfg, step, groups)
         return groups
 
     def verify(self, samples):
@@ -265,9 +274,6 @@ class Colocated:
         for sample, verdict in zip(samples, bring_home(found, len(samples))):
             sample.reward, sample.reason, sample.said, sample.reflects = verdict
 
-    def writer(self, policy):
-        return None
-
     def evaluate(self, policy, version, ask):
         self.engine.update(version, policy.full_tensors(), policy.names)
         found = ask(self.engine, self.judge)
@@ -275,56 +281,58 @@ class Colocated:
         return found
 
 
-def record(out, step, groups):
+SETTINGS = ("dtype", "temperature", "group_size")  # of a record, which a replay must share
+
+
+def write_record(cfg, step, groups):
     """Write the judged rollouts of a step to OUT/rollouts, aside and renamed."""
-    path = Path(out) / "rollouts" / f"step_{step:06d}.pt"
+    path = Path(cfg.out) / "rollouts" / f"step_{step:06d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    torch.save([[sample.plain() for sample in group] for group in groups], aside)
-    aside.replace(path)
+    plain = [[sample.plain() for sample in group] for group in groups]
+    settings = {name: getattr(cfg, name) for name in SETTINGS}
+    torch.save({"settings": settings, "groups": plain}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
-class Recorded:
+def read_record(path):
+    """(settings, groups of Samples) of what write_record wrote. Raises ValueError."""
+    try:
+        record = torch.load(path, weights_only=True)
+        groups = [[Sample(**plain) for plain in group] for group in record["groups"]]
+        return record["settings"], groups
+    except Exception as error:  # torch raises half a dozen kinds here
+        why = type(error).__name__  # its text is a page on how to read the file all the same
+        raise ValueError(f"--replay: {path} is no record of rollouts ({why})") from None
+
+
+class Recorded(Behaviour):
     """Another run's rollouts and rewards, whatever the policy: neither engine nor judge is needed.
 
     They count as π_k's. Once the loss is another, so is the policy; the gap shows how far it went.
     """
 
-    gap_bound = math.inf
-
-    def __init__(self, cfg, task, ranks):
+    def __init__(self, cfg):
         self.folder = Path(cfg.replay)
 
     def rollouts(self, policy, step, asked):
         """As recorded. Raises ValueError where that is unreadable or answers other prompts."""
         path = self.folder / f"step_{step:06d}.pt"
-        try:
-            recorded = torch.load(path, weights_only=True)
-            groups = [[Sample(**plain) for plain in group] for group in recorded]
-            found = [(s.prompt_index, s.prompt.tolist()) for group in groups for s in group[:1]]
-        except Exception as error:  # torch raises half a dozen kinds here
-            why = type(error).__name__  # its text is a page on how to read the file all the same
-            raise ValueError(f"--replay: {path} is no record of rollouts ({why})") from None
+        _, groups = read_record(path)
+        found = [(group[0].prompt_index, group[0].prompt.tolist()) for group in groups]
         if found != [(index, problem["prompt_ids"]) for index, problem in asked]:
             raise ValueError(f"--replay: {path} answers other prompts: take its run's flags")
         return groups
-
-    def writer(self, policy):
-        return None
-
-    def evaluate(self, policy, version, ask):
-        return None
 
 
 def behaviour_of(cfg, task, judge, ranks):
     """Who writes the rollouts of a run with these flags."""
     if cfg.replay:
-        return Recorded(cfg, task, ranks)
+        return Recorded(cfg)
     return Colocated(cfg, task, judge, ranks)
 
 
 def check_record(cfg):
-    """Raise ValueError unless --replay holds a record of each step that --steps asks for."""
+    """Raise ValueError unless --replay holds each step that --steps asks for, so recorded."""
     whole = {path.stem for path in Path(cfg.replay).glob("step_*.pt")}
     missing = [step for step in range(1, cfg.steps + 1) if f"step_{step:06d}" not in whole]
     if missing:
@@ -332,3 +340,7 @@ def check_record(cfg):
             f"--replay {cfg.replay} has no step {missing[0]} of the {cfg.steps} of --steps: a run "
             "with --dump_rollouts writes RUN/rollouts"
         )
+    settings, _ = read_record(Path(cfg.replay) / "step_000001.pt")
+    for name, value in settings.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(f"--replay {cfg.replay} was recorded with --{name} {value}: say so")

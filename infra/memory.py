@@ -122,15 +122,13 @@ def passing(cfg, s, gpus):
     # six float32 copies of a chunk's logits; or a chunk's gradient of the head, and their sum
     logits = max(24 * min(CHUNK, tokens) * s.vocab, 2 * c * embedding)
     down = c * s.hidden * s.intermediate
+    down += c * root + (2 * c + 4) * layer
+    busy = kept + one_layer + 2 * c * s.intermediate * tokens
     moments = [  # unsharded parameters, activations, logits and the head's gradient
         # a chunk's log-probs: the last norm, the response's rows; the last layer is prefetched
         (c * (root + layer), kept + 4 * s.hidden * tokens + 2 * width, c * embedding + logits),
         # a layer's backward: it, the next one down, its first gradient, the last one's reduction
-        (
-            c * root + (2 * c + 4) * layer + down,
-            kept + one_layer + 2 * c * s.intermediate * tokens,
-            c * embedding,
-        ),
+        (down, busy, c * embedding),
         # the root's gradients: input and output of their reduction
         ((c + 4 + 4 / shards) * root, 0, 0),
     ]
@@ -160,14 +158,11 @@ def plan(cfg, s, gpus, gpu_memory):
     return busy | {"engine: work space": ASLEEP}, idle | awake, tokens
 
 
-def report(cfg, gpus, gpu_memory, model=None):
-    """The plan of `cfg` on `gpus` GPUs of `gpu_memory` GiB as lines of text, the last a verdict.
-
-    model: the folder that cfg.model was found to be.
-    """
+def report(cfg, gpus, gpu_memory):
+    """The plan of `cfg` on `gpus` GPUs of `gpu_memory` GiB as lines of text, the last a verdict."""
     if cfg.model is None:
         return ["memory: the embedded default needs no plan, it is tiny"]
-    s, known = shape_of(model or cfg.model), ", ".join(SHAPES)
+    s, known = shape_of(cfg.model), ", ".join(SHAPES)
     if s is None:
         return [f"memory: no shape of {cfg.model} is known: give its folder, or one of {known}"]
     *columns, tokens = plan(cfg, s, gpus, gpu_memory)

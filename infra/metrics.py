@@ -47,9 +47,9 @@ METRICS = {
     "lambda": "λ(t): weight of the base in KL-convex; the precedent has 1 − λ",
     "kl_base": "mean per-token KL estimate to the base, over the step's updates",
     "kl_prev": "the same to the precedent policy; null where 1 − λ is 0",
-    "ratio_mean_fresh": "mean ratio π_θ/π_k on fresh tokens, over the step's updates",
+    "ratio_mean_fresh": "mean ratio of the objective on fresh tokens, over the step's updates",
     "ratio_max_fresh": "largest of them",
-    "ratio_mean_history": "mean ratio π_θ/π_{k−i} on history, over the step's updates",
+    "ratio_mean_history": "the same on history (Mix-PPG: π_θ/π_{k−i})",
     "ratio_max_history": "largest of them",
     "clip_low_share": "share of tokens whose gradient the lower clip bound cuts",
     "clip_high_share": "share of tokens whose gradient the upper clip bound cuts",
@@ -95,21 +95,16 @@ class Meter:
         self.skipped = 0  # updates
 
     def add(self, name, values, mask=None):
-        """values (…), counted where mask (…) is True and they are finite: of a skipped update they
-        may be anything."""
+        """values (…), where mask (…) is True and they are finite (skipped updates' may not be)."""
         values = (values if mask is None else values[mask]).detach().double()
         values = values[values.isfinite()]
         if values.numel():
             total, count, most = self.seen.get(name, (0.0, 0, -math.inf))
-            self.seen[name] = [
-                total + values.sum().item(),
-                count + values.numel(),
-                max(most, values.max().item()),
-            ]
+            total, count = total + values.sum().item(), count + values.numel()
+            self.seen[name] = total, count, max(most, values.max().item())
 
     def add_tokens(self, stats, mask, is_fresh):
-        """Per-token statistics by name (b, T) of one micro-batch; ratios of fresh and past tokens
-        apart. is_fresh (b, 1)."""
+        """Statistics by name (b, T) of a micro-batch, ratios by age as well; is_fresh (b, 1)."""
         for name, values in stats.items():
             self.add(name, values, mask)
         if "ratio" in stats:
@@ -123,9 +118,8 @@ class Meter:
             for name, (total, count, most) in part.items():
                 t, c, m = merged.get(name, (0.0, 0, -math.inf))
                 merged[name] = (t + total, c + count, max(m, most))
-        return {n: t / c for n, (t, c, _) in merged.items()}, {
-            n: m for n, (_, _, m) in merged.items()
-        }
+        means = {name: total / count for name, (total, count, _) in merged.items()}
+        return means, {name: most for name, (_, _, most) in merged.items()}
 
 
 def step_metrics(plan, batch, meter, cfg, task):
@@ -173,10 +167,8 @@ def step_metrics(plan, batch, meter, cfg, task):
         record["ess"] = (w.sum() ** 2 / (len(w) * (w**2).sum())).item()
     if "returns" in batch:
         returns, values = (torch.cat(batch[name]).double() for name in ("returns", "values"))
-        spread = returns.var()
-        record["explained_variance"] = (
-            (1 - (returns - values).var() / spread).item() if spread > 0 else None
-        )
+        error, spread = (returns - values).var(), returns.var()
+        record["explained_variance"] = (1 - error / spread).item() if spread > 0 else None
     return mean | record
 
 
@@ -184,18 +176,11 @@ class Recorder:
     """Writes a run's files from rank 0; keeps the clock of the step's phases on every rank."""
 
     def __init__(self, cfg, done, task, ranks):
-        """Makes the run folder with config.json, or cuts its records back to the `done` steps that
-        are resumed."""
+        """Make the run folder, or cut its records back to the `done` steps that are resumed."""
         self.cfg, self.ranks, self.tokenizer, self.out = cfg, ranks, task.tokenizer, Path(cfg.out)
         self.started = self.last = time.perf_counter()
-        self.seconds, self.peak = (
-            {},
-            0,
-        )  # peak: most GPU memory in use at the end of a phase (bytes)
-        self.steps, self.longest = (
-            0,
-            0.0,
-        )  # done by this process; the longest, evaluation and saving included (s)
+        self.seconds, self.peak = {}, 0  # by phase; most GPU memory at the end of one (bytes)
+        self.steps, self.longest = 0, 0.0  # done by this process; longest, all included (s)
         self.tensorboard = self.wandb = None
         if ranks.first:
             open_run(cfg, done)
@@ -212,14 +197,8 @@ class Recorder:
 
             # a resumed run goes on in its own, no namesake's
             identity = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
-            resume = "allow" if self.cfg.resume else None
-            self.wandb = wandb.init(
-                project="remix",
-                id=identity,
-                name=self.out.name,
-                config=values_of(self.cfg),
-                resume=resume,
-            )
+            how = dict(project="remix", id=identity, name=self.out.name, config=values_of(self.cfg))
+            self.wandb = wandb.init(resume="allow" if self.cfg.resume else None, **how)
 
     @contextlib.contextmanager
     def clock(self, phase):
@@ -238,8 +217,7 @@ class Recorder:
         return tqdm(items, "updates", total, leave=False, delay=2, disable=not self.ranks.first)
 
     def write(self, record, samples=()):
-        """One line of metrics, non-finite numbers as null; some of the `fresh` samples for reading.
-        Clears the clock."""
+        """One line of metrics, some of the samples for reading. Clears the clock."""
         record = record | {f"seconds_{phase}": value for phase, value in self.seconds.items()}
         if "generate" in self.seconds:
             record["tokens_per_second"] = (
@@ -247,11 +225,8 @@ class Recorder:
             )
         self.seconds, now = {}, time.perf_counter()
         if record["step"]:
-            self.steps, self.longest, self.last = (
-                self.steps + 1,
-                max(self.longest, now - self.last),
-                now,
-            )
+            self.longest = max(self.longest, now - self.last)
+            self.steps, self.last = self.steps + 1, now
         if not self.ranks.first:
             return
         cuda = self.ranks.device.type == "cuda"
@@ -259,10 +234,8 @@ class Recorder:
         peak = self.peak if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         record["memory_peak_gib"] = peak / 2**30
         line = {name: finite(record.get(name)) for name in METRICS | record}
-        append(
-            self.out / "samples.jsonl",
-            "".join(self.readable(line["step"], s) for s in samples[:SAMPLES]),
-        )
+        texts = [self.readable(line["step"], sample) for sample in samples[:SAMPLES]]
+        append(self.out / "samples.jsonl", "".join(texts))
         append(self.out / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         numbers |= {
@@ -274,11 +247,7 @@ class Recorder:
                 self.tensorboard.add_scalar(name, value, line["step"])
         if self.wandb:
             self.wandb.log(numbers, step=line["step"])
-        left = (
-            (now - self.started) / self.steps * (self.cfg.steps - line["step"])
-            if self.steps
-            else None
-        )  # s
+        left = self.steps and (now - self.started) / self.steps * (self.cfg.steps - line["step"])
         print(console_line(line, self.cfg.steps, left), flush=True)
 
     def readable(self, step, sample):
@@ -295,8 +264,7 @@ class Recorder:
 
 
 def open_run(cfg, done):
-    """Write config.json, and drop what an interrupted run wrote after its checkpoint. Rank 0
-    alone."""
+    """Write config.json; drop what was written after the checkpoint. Rank 0 alone."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
@@ -318,8 +286,7 @@ def finite(value):
 
 
 def console_line(m, steps, left=None):
-    """A fixed-width line from a record of METRICS. `left`: seconds to the end of the run, if they
-    can be told."""
+    """A fixed-width line from a record of METRICS. left: seconds to the end, where known."""
 
     def number(name, form):
         return "-".rjust(len(format(0.0, form))) if m[name] is None else format(m[name], form)
@@ -338,24 +305,19 @@ def console_line(m, steps, left=None):
 
 
 def best_evaluation(path):
-    """The highest eval_accuracy of the training steps in metrics.jsonl; -inf where there is
-    none."""
-    lines = (
-        [json.loads(line) for line in open(path, encoding="utf-8")] if Path(path).exists() else []
-    )
+    """The highest eval_accuracy of the training steps in metrics.jsonl, else -inf."""
+    lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
     found = [line["eval_accuracy"] for line in lines if line["step"]]
-    return max((value for value in found if isinstance(value, (int, float))), default=-math.inf)
+    return max((value for value in found if value is not None), default=-math.inf)
 
 
 def truncate(path, last_step):
-    """Drop the lines of steps after `last_step` and an unfinished last line, before a run is
-    resumed."""
+    """Drop the lines of steps after `last_step`, and an unfinished last line."""
     kept = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines(keepends=True):
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError
-        ):  # whatever a dying machine left there
+        # whatever a dying machine left there
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
     rewrite(path, "".join(kept))
@@ -369,8 +331,7 @@ def rewrite(path, text):
 
 
 def append(path, text, mode="a"):
-    """Add `text` to a file, to the disk itself: a line of metrics stands before its step's
-    checkpoint does."""
+    """Add `text` to a file, flushed: a line of metrics stands before its step's checkpoint."""
     try:
         with open(path, mode, encoding="utf-8") as file:
             file.write(text)

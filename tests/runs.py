@@ -30,10 +30,9 @@ class Runs:
 
     def __init__(self, folder):
         import train
-        from infra import ranks
 
-        self.train, self.folder, self.ended, self.ranks = train, folder, {}, ranks.start(1)
-        ranks.start, ranks.stop = lambda *_: self.ranks, lambda: None
+        self.train, self.folder, self.ended, self.ranks = train, folder, {}, train.start(1)
+        train.start, train.stop = lambda *_: self.ranks, lambda: None
 
     def __call__(self, name, *flags, **sabotage):
         """Run train.py with flags; sabotage: "module.name" -> what replaces it meanwhile."""
@@ -104,9 +103,10 @@ def replayed(run, recorded):
         """A copy of the recording, each sample changed."""
         copy = shutil.copytree(recorded / "rollouts", run.folder / f"rollouts-{name}")
         for path in copy.glob("*.pt"):
-            groups = torch.load(path, weights_only=True)
-            changed = [[sample | change(sample) for sample in group] for group in groups]
-            torch.save(changed, path)
+            record = torch.load(path, weights_only=True)
+            for group in record["groups"]:
+                group[:] = [sample | change(sample) for sample in group]
+            torch.save(record, path)
         return [*flags[:-1], copy]
 
     right = edited("right", lambda sample: dict(reward=1.0, reason=None))

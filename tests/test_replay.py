@@ -97,7 +97,8 @@ def test_what_is_recorded(engine, folder):
     assert sorted(p.name for p in rollouts.iterdir()) == [f"step_00000{i}.pt" for i in range(1, 6)]
     shown = [json.loads(line) for line in lines]
     for step in range(1, 6):
-        groups = torch.load(rollouts / f"step_00000{step}.pt", weights_only=True)
+        record = torch.load(rollouts / f"step_00000{step}.pt", weights_only=True)
+        groups = record["groups"]
         assert len(groups) == (8 if step <= 3 else 20) and all(len(group) == 1 for group in groups)
         texts = [s for s in shown if s["step"] == step]
         assert len(texts) == 4
