@@ -378,7 +378,7 @@ def prepare(args, say):
         args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     names = [name.strip() for name in args.benchmarks.split(",")]
     benchmarks = {name: data.load_eval_data(name, args.data_dir) for name in names}
-    if args.reward:
+    if args.reward:  # tried on one response, before a model is fetched
         try_own(args.reward, benchmarks[names[0]][0]["answer"])
     if args.model:
         folder = data.model_folder(args.model)
@@ -392,9 +392,9 @@ def prepare(args, say):
         run = {}
     of_model = data.default_template(args.model or folder, tokenizer)
     template = run.get("template", of_model) if args.template == "auto" else args.template
-    temperatures = [0.6 if args.temperature is None else args.temperature]
-    if args.preset and args.temperature is None:
-        temperatures = [0.0, 0.1]
+    temperatures = [args.temperature]
+    if args.temperature is None:
+        temperatures = [0.0, 0.1] if args.preset else [0.6]
     context, parts, described = data.context_length(folder) or 10**9, {}, {}
     for name, problems in benchmarks.items():
         chosen = "raw" if name == "toy" else template
@@ -415,8 +415,8 @@ def prepare(args, say):
     if length < longest + args.max_response:
         least = f"{length - longest} tokens after the longest prompt"
         say(f"responses are cut where the model's context of {context} ends: {least}")
-    names = ("torch", package, "transformers", "math_verify")
-    versions = {name: importlib.metadata.version(name) for name in names}
+    packages = ("torch", package, "transformers", "math_verify")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     base, prompts = run.get("model") or args.model, data.fingerprint(folder, asked)[:16]
     more = dict(base=base, prompts=prompts, longest_sequence=length, versions=versions)
     return parts, folder, tokenizer, vars(args) | more | dict(parts=described)
@@ -433,8 +433,7 @@ def begin(out, settings):
     if path.exists():
         before = json.loads(path.read_text())
         keys = [key for key in settings if key not in MAY_DIFFER]
-        changed = differences(before, settings, keys)
-        if changed:
+        if changed := differences(before, settings, keys):
             why = f"{out} holds an unfinished evaluation, and {changed[0]} now"
             raise ConfigError(f"{why}: say the same, or choose another --out")
     rewrite(path, json.dumps(settings, indent=1))
@@ -471,7 +470,7 @@ def finish(out, settings, rows):
 def rejudge(args):
     """Judge the rows of an earlier evaluation again, by its own styles or --reward. Raises
     ValueError and OSError."""
-    folder, out, changed = Path(args.rejudge), Path(args.out), 0
+    folder, out = Path(args.rejudge), Path(args.out)
     settings = json.loads((folder / "settings.json").read_text())
     rows = read_rows(folder / "samples.jsonl")
     wanted = sum(part["n"] * part["k"] for part in settings["parts"].values())
@@ -485,12 +484,11 @@ def rejudge(args):
     settings |= dict(out=args.out, rejudge=args.rejudge, reward=args.reward or settings["reward"])
     settings["versions"]["math_verify"] = importlib.metadata.version("math_verify")
     begin(out, settings)
+    before = [row["reward"] for row in rows]
     with Judge() as judge:
         for name, part in settings["parts"].items():
-            some = [row for row in rows if row["part"] == name]
-            before = [row["reward"] for row in some]
-            judge_rows(judge, some, part["style"])
-            changed += sum(old != row["reward"] for old, row in zip(before, some))
+            judge_rows(judge, [row for row in rows if row["part"] == name], part["style"])
+    changed = sum(old != row["reward"] for old, row in zip(before, rows))
     rewrite(out / "samples.jsonl", jsonl(rows))
     finish(out, settings, rows)
     print(f"{changed} of {len(rows)} verdicts changed")
@@ -521,8 +519,8 @@ def main(argv=None):
         known = gather([(row["part"], row["id"], row["sample"]) for row in rows])[0]
         if known:
             say(f"going on after {len(known)} responses of an interrupted evaluation")
-        length, stop = settings["longest_sequence"], stop_tokens(tokenizer)
-        engine = Engine(folder, length, args, joined, version=0, stop=stop)
+        how = settings["longest_sequence"], args, joined
+        engine = Engine(folder, *how, version=0, stop=stop_tokens(tokenizer))
         for name, part in settings["parts"].items():
 
             def write(chunk, name=name):

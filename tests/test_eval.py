@@ -6,7 +6,6 @@ scores are the real ones.
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import math
@@ -94,25 +93,16 @@ def generate(tmp_path, hundred, small_model):
     script, log, answers = (tmp_path / name for name in ("generator.py", "log", "answers.json"))
     script.write_text(f"ROOT = {str(ROOT)!r}\n" + GENERATOR)
 
-    def run(flags, shares, wait=True, **environment):
+    def run(flags, shares, **environment):
         known = {}
         for problem, share in zip(data.load_problems(hundred), shares):
             known[f"{problem['problem'].partition('.')[0]}."] = [problem["answer"], share]
         answers.write_text(json.dumps(known))
         log.write_text("")
         ours = {"OMP_NUM_THREADS": "1", "ANSWERS": str(answers), "LOG": str(log)}
-        process = subprocess.Popen(
-            [sys.executable, str(script), "--model", str(small_model), *map(str, flags)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | ours | environment,
-        )
-        if not wait:
-            return process
-        out, err = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        how = dict(capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        line = [sys.executable, script, "--model", small_model, *flags]
+        return subprocess.run(list(map(str, line)), env=os.environ | ours | environment, **how)
 
     run.requests = lambda: [json.loads(line) for line in log.read_text().splitlines()]
     return run
@@ -259,18 +249,16 @@ def test_a_changed_template_is_another_evaluation(generate, hundred, tmp_path):
     assert done.returncode == 2 and refused(done.stderr, "they differ in prompts: ")
 
 
-def test_two_evaluations_do_not_write_to_one_folder(generate, hundred, tmp_path):
+def test_two_evaluations_do_not_write_to_one_folder(inline, tmp_path, monkeypatch):
     """The second waits for the first; when that has ended with results, it says so."""
-    out = tmp_path / "out"
-    out.mkdir()
-    with open(out / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        second = generate(["--benchmarks", hundred, "--out", out], known(37), wait=False)
-        line = next(line for line in second.stdout if "waiting up to" in line)
-        assert "in use by" in line and not (out / "settings.json").exists()
-        (out / "results.json").write_text("{}")
-    _, error = second.communicate(timeout=300)
-    assert second.returncode == 2 and refused(error, "already holds results")
+
+    def hold(folder):  # as if the first ended meanwhile
+        assert not (folder / "settings.json").exists()
+        (folder / "results.json").write_text("{}")
+
+    monkeypatch.setattr(module.guards, "hold", hold)
+    code, _, error = inline("--out", tmp_path / "out")
+    assert code == 2 and refused(error, "already holds results")
 
 
 def test_a_reward_that_fails_is_tried_first(tmp_path):
