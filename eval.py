@@ -24,23 +24,21 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
 
-from infra import checkpoint, data, guards, ranks, toy
-from infra.config import ConfigError, Parser, check_vllm, exit_bad_input
+from infra import checkpoint, config, data, guards, ranks, toy
+from infra.config import ConfigError, flag
 from infra.data import load_benchmark  # noqa: F401, a contract: importable from here
-from infra.metrics import rewrite
+from infra.metrics import append, rewrite
 from infra.ranks import bring_home, deal_out, gather
-from reward import Judge, canonical, final_answer, own, reflects, try_own
+from reward import Judge, canonical, final_answer, reflects, try_own
 from rollout import Engine, request_seed, stop_tokens
 
 # Responses of an engine between two writes to samples.jsonl: so many at most are generated again.
 CHUNK = 512
-# what may differ when an evaluation goes on
-MACHINE = ("out", "tp", "engine_memory", "threads", "data_dir")
 PAPER = ("aime24", "amc", "math500", "minerva", "olympiadbench")
 PUBLISHED = Path(__file__).parent / "docs" / "published.json"
 
@@ -73,18 +71,11 @@ def evaluate(
 
 
 def as_row(tokenizer, problem, sample, response):
-    return dict(
-        id=problem["id"],
-        sample=sample,
-        prompt=tokenizer.decode(problem["prompt_ids"]),
-        response=tokenizer.decode(response["response"], skip_special_tokens=True),
-        judged=None,
-        gold=problem["answer"],
-        reward=0.0,
-        reason="truncated",
-        length=len(response["response"]),
-        truncated=response["truncated"],
-    )
+    prompt = tokenizer.decode(problem["prompt_ids"])
+    text = tokenizer.decode(response["response"], skip_special_tokens=True)
+    asked = dict(id=problem["id"], sample=sample, prompt=prompt, gold=problem["answer"])
+    said = dict(response=text, length=len(response["response"]), truncated=response["truncated"])
+    return asked | said | dict(judged=None, reward=0.0, reason="truncated")
 
 
 def judge_rows(judge, rows, style):
@@ -118,46 +109,37 @@ def majority(rows):
     return (True in first) / len(first) if first else 0.0
 
 
-def by_problem(rows):
-    """id -> its rows."""
-    found = {}
-    for row in rows:
-        found.setdefault(row["id"], []).append(row)
-    return found
-
-
-def mean(values):
-    return float(np.mean(list(values)))
-
-
 def summarise(rows):
     """Scores of k rows for each of n problems, in [0, 1], with lengths (tokens) and the number of
-    unjudged responses by reason.
+    unjudged responses by reason; "by_problem": id -> mean reward.
 
     What does not exist is None or empty: a standard error of one problem, pass@k and maj@k of a
     user's own rewards other than 0 and 1.
     """
-    groups = list(by_problem(rows).values())
-    rewards = [[row["reward"] for row in group] for group in groups]
-    scores = np.array([mean(some) for some in rewards])  # (n,)
+    groups, scores, right, powers = {}, {}, [], []
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    for id, group in groups.items():
+        scores[id] = fmean(row["reward"] for row in group)
+        right.append(sum(row["reward"] == 1 for row in group))
     n, k = len(groups), len(rows) // len(groups)
-    right, powers = [some.count(1) for some in rewards], []
     verdicts = all(row["reward"] in (0, 1) for row in rows)
     if verdicts:
         powers = [2**i for i in range(k.bit_length())]
     reasons = Counter(row["reason"] for row in rows if row["reason"] not in (None, "wrong"))
     return {
-        "pass@1": mean(scores),
-        "standard_error": float(scores.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
+        "pass@1": fmean(scores.values()),
+        "standard_error": stdev(scores.values()) / math.sqrt(n) if n > 1 else None,
         "n": n,
         "k": k,
-        "pass@k": {str(j): mean(pass_at_k(k, r, j) for r in right) for j in powers},
-        "maj@k": mean(map(majority, groups)) if verdicts else None,
-        "length_mean": mean(row["length"] for row in rows),
-        "truncated_share": mean(row["truncated"] for row in rows),
-        "reflection_rate": mean(reflects(row["response"]) for row in rows),
+        "pass@k": {str(j): fmean(pass_at_k(k, r, j) for r in right) for j in powers},
+        "maj@k": fmean(map(majority, groups.values())) if verdicts else None,
+        "length_mean": fmean(row["length"] for row in rows),
+        "truncated_share": fmean(row["truncated"] for row in rows),
+        "reflection_rate": fmean(reflects(row["response"]) for row in rows),
         "unjudged_share": (reasons.total() - reasons["truncated"]) / len(rows),
         "unjudged": dict(reasons),
+        "by_problem": scores,
     }
 
 
@@ -181,7 +163,7 @@ class Examiner:
             return {}
         means = {}
         for key in ("pass@1", "length_mean", "truncated_share", "unjudged_share"):
-            means[f"eval_{key}"] = mean(summary[key] for summary in found.values())
+            means[f"eval_{key}"] = fmean(summary[key] for summary in found.values())
         accuracy = means.pop("eval_pass@1")
         # the policy before the first step is the model itself
         if step and accuracy > self.recorder.best:
@@ -216,8 +198,8 @@ def lines_of(rows, headers=()):
     return tabulate(rows, headers, **how).splitlines()
 
 
-def percent(value, form=".2f"):
-    return "-" if value is None else format(100 * value, form)
+def percent(value):
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def table(scores):
@@ -240,95 +222,81 @@ def published(scores, model, base):
     """Lines that set our greedy and T = 0.1 scores beside the published ones of the same base
     model, [] where there are none. scores: of the parts of `--preset paper`."""
     known = json.loads(PUBLISHED.read_text())
-    theirs = {}
-    for name, cells in known["models"].get(Path(base).name, {}).items():
-        theirs[name] = np.array([cell.split("/") for cell in cells.split()], float)  # (5, 2)
-    if not theirs:
+    if Path(base).name not in known["models"]:
         return []
-    ours = np.full((len(PAPER), 2), np.nan)
-    for i, name in enumerate(PAPER):
-        for j, how in enumerate(("greedy", "T=0.1")):
-            if f"{name} {how}" in scores:
-                ours[i, j] = 100 * scores[f"{name} {how}"]["pass@1"]
-
-    def line(name, cells, form=".2f"):
-        texts = []
-        for pair in [*cells, cells.mean(axis=0)]:
-            texts.append("/".join("-" if math.isnan(x) else format(x, form) for x in pair))
-        return [name, *texts]
-
-    rows = [line(name, cells) for name, cells in theirs.items()]
-    rows.append(line(f"ours: {Path(model).name}", ours))
-    for name, cells in theirs.items():
+    keys = [f"{name} {how}" for name in PAPER for how in ("greedy", "T=0.1")]
+    ours = [100 * scores[key]["pass@1"] if key in scores else math.nan for key in keys]
+    ours = np.array(ours).reshape(len(PAPER), 2)
+    rows, less = [], []
+    for name, cells in known["models"][Path(base).name].items():
+        theirs = np.array([cell.split("/") for cell in cells.split()], float)  # (5, 2)
+        rows.append([name, *pairs(theirs, ".2f")])
         if name == Path(base).name or name.startswith("ReMix"):
-            rows.append(line(f"ours - {name}", ours - cells, "+.2f"))
+            less.append([f"ours - {name}", *pairs(ours - theirs, "+.2f")])
+    rows += [[f"ours: {Path(model).name}", *pairs(ours, ".2f")], *less]
     title = f"published (greedy/T=0.1; AMC is the set of 83; source: {known['source']}) and ours"
     return [title, *lines_of(rows, ["", *PAPER, "mean"])]
 
 
-def read_results(path):
-    """results.json at `path` or in the folder `path`. Raises ValueError."""
-    path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
-    try:
-        found = json.loads(path.read_text())
-        for scores in found["problems"].values():
-            if not all(isinstance(score, (int, float)) for score in scores.values()):
-                raise ValueError("a score is no number")
-        found["settings"].setdefault("parts", {})
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: no results.json of eval.py ({why})") from None
+def pairs(cells, form):
+    """Texts "greedy/T=0.1" of cells (5, 2) and of their means; "-" where there is none."""
+    for pair in [*cells, cells.mean(axis=0)]:
+        yield "/".join("-" if math.isnan(x) else format(x, form) for x in pair)
 
 
 def compare(first, second, resamples=10_000):
     """Lines: by how much the second evaluation's pass@1 differs from the first's on the problems of
     both, with the 95 % interval of a paired bootstrap over problems. first, second: paths of
     results.json. Raises ValueError."""
-    a, b = read_results(first), read_results(second)
-    names = [name for name in a["problems"] if name in b["problems"]]
-    if not names:
-        theirs = [", ".join(file["problems"]) for file in (a, b)]
-        raise ValueError(f"nothing to compare: {first} is on {theirs[0]}, {second} on {theirs[1]}")
-    asked = [("", ("max_response", "seed", "dtype", "versions"), a["settings"], b["settings"])]
-    for name in names:
-        one, other = (file["settings"]["parts"].get(name, {}) for file in (a, b))
-        asked.append((f"{name}'s ", ("k", "temperature", "template", "style"), one, other))
-        whole = not (one.get("skipped") or other.get("skipped"))
-        if whole and one.get("problems") != other.get("problems"):
-            why = f"{name} is other problems in {first} than in {second}"
-            raise ValueError(f"nothing to compare: {why}")
-    notes = []
-    for what, keys, one, other in asked:
-        for key in keys:
-            if one.get(key) != other.get(key):
-                both = f"{one.get(key)} and {other.get(key)}"
-                notes.append(f"they differ in {what}{key} too: {both}")
-    rng, numbers = np.random.default_rng(0), {}
-    for name in names:
-        one, other = a["problems"][name], b["problems"][name]
-        both = [id for id in one if id in other]
-        if not both:
-            raise ValueError(f"nothing to compare: no problem of {name} is in both")
-        if alone := len(one.keys() ^ other.keys()):
-            left_out = f"{name}: {alone} problems are in one of the two only, and left out"
-            notes.insert(0, left_out)
-        pair = 100 * np.array([[part[id] for id in both] for part in (one, other)])  # (2, n)
-        difference = pair[1] - pair[0]  # (n,)
-        drawn = rng.integers(len(both), size=(resamples, len(both)))
-        resampled = difference[drawn].mean(axis=1)  # (resamples,)
-        numbers[name] = [len(both), *pair.mean(axis=1), difference.mean(), resampled]
-    if len(names) > 1:
-        n, *columns = zip(*numbers.values())
-        numbers["mean"] = [sum(n), *(sum(column) / len(names) for column in columns)]
+    (a, ours), (b, theirs) = read_results(first), read_results(second)
+    notes = differences(a, b, ("max_response", "seed", "dtype", "versions"))
+    found, rng = {}, np.random.default_rng(0)
+    for name in (name for name in ours if name in theirs):
+        one, other = (settings.get("parts", {}).get(name, {}) for settings in (a, b))
+        notes += differences(one, other, ("k", "temperature", "template", "style"), f" of {name}")
+        skipped = one.get("skipped") or other.get("skipped")
+        if one.get("problems") != other.get("problems") and not skipped:
+            raise ValueError(f"{name} is other problems in {first} than in {second}")
+        if alone := len(ours[name].keys() ^ theirs[name].keys()):
+            notes.append(f"{name}: {alone} problems are in one of the two only, and left out")
+        if both := [id for id in ours[name] if id in theirs[name]]:
+            pair = 100 * np.array([[part[name][id] for id in both] for part in (ours, theirs)])
+            drawn = rng.integers(len(both), size=(resamples, len(both)))
+            resampled = (pair[1] - pair[0])[drawn].mean(axis=1)  # (resamples,)
+            found[name] = [len(both), *pair.mean(axis=1), resampled]
+    if not found:
+        raise ValueError(f"nothing to compare: {first} and {second} have no problem in common")
+    if len(found) > 1:
+        n, *columns = zip(*found.values())
+        found["mean"] = [sum(n), *(sum(column) / len(n) for column in columns)]
     rows = []
-    for name, (n, x, y, difference, resampled) in numbers.items():
+    for name, (n, x, y, resampled) in found.items():
         low, high = np.percentile(resampled, [2.5, 97.5])
         verdict = "" if low > 0 or high < 0 else "may be chance" if low < high else "the same"
-        cells = f"{x:.2f}", f"{y:.2f}", f"{difference:+.2f}", f"[{low:+.2f}, {high:+.2f}]"
+        cells = f"{x:.2f}", f"{y:.2f}", f"{y - x:+.2f}", f"[{low:+.2f}, {high:+.2f}]"
         rows.append([name, str(n), *cells, verdict])
     headers = ["benchmark", "n", "first", "second", "difference", "95 % interval", ""]
     return notes + lines_of(rows, headers)
+
+
+def differences(one, other, keys, of=""):
+    """A line for each of the keys that has another value in `other` than in `one`."""
+    return [
+        f"they differ in {key}{of}: {one.get(key)} and {other.get(key)}"
+        for key in keys
+        if one.get(key) != other.get(key)
+    ]
+
+
+def read_results(path):
+    """(settings, part -> id -> score) of the results.json at `path` or in it. Raises ValueError."""
+    path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    try:
+        found = json.loads(path.read_text())
+        return found["settings"], found["problems"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: no results.json of eval.py ({why})") from None
 
 
 def chart(scores, path, title):
@@ -347,227 +315,152 @@ def chart(scores, path, title):
 
 # -- the command ----------------------------------------------------------------------------------
 
+# fmt: off
+FLAGS = {
+    "model": flag(None, "folder, or name on the hub, of a model; none: the embedded default"),
+    "benchmarks": flag(None, f"comma-separated: toy, {', '.join(data.BENCHMARKS)}, files of "
+                       "problems, or data sets OWNER/NAME on the hub; none: toy"),
+    "preset": flag(None, "the paper's protocol: its five benchmarks, greedy and at T = 0.1 (32 "
+                   "samples on aime24 and amc)", choices=("paper",)),
+    "k": flag(None, "samples per problem; none: 1. Greedy takes one", type=int, least=1),
+    "temperature": flag(None, "sampling temperature, 0: greedy; none: 0.6", type=float, most=99),
+    "template": flag("auto", f"{', '.join(data.TEMPLATES)}, or a file; auto: that of the run for "
+                     "RUN/model and RUN/best, else chosen by the model"),
+    "reward": flag(None, "your own reward, MODULE:FUNCTION, in place of right or wrong"),
+    "max_prompt": flag(2048, "longest prompt (tokens); longer ones are skipped, aloud", least=1),
+    "max_response": flag(8192, "longest response (tokens), where the context allows it", least=1),
+    "seed": flag(0, "of every request", most=2**32 - 1),
+    "data_dir": flag(None, "folder of NAME.jsonl; none: $REMIX_DATA, else downloaded to HF_HOME"),
+    "out": flag(None, "output folder; none: RUN/eval for RUN/model, RUN/eval-best for RUN/best, "
+                "else eval/MODEL; DIR/rejudged for --rejudge DIR"),
+    "rejudge": flag(None, "judge the responses of an earlier evaluation again: its folder"),
+    "dtype": flag("auto", "auto: bfloat16 on GPUs", choices=("auto", "float32", "bfloat16")),
+    "tp": flag(1, "tensor-parallel ranks per engine", least=1),
+    "engine_memory": flag(0.9, "share of GPU memory for vLLM", least=0.01, most=0.99),
+    "threads": flag(1, "CPU threads per rank", least=1),
+}
+# fmt: on
+# what may differ when an evaluation goes on (what parts are follows from the rest)
+MAY_DIFFER = ("out", "tp", "engine_memory", "threads", "data_dir", "parts")
+
 
 def parse(argv):
-    """Flags -> checked arguments. Raises ConfigError and ValueError."""
-    parser = Parser(
-        prog="eval.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    known = ", ".join(data.BENCHMARKS)
-    # fmt: off
-    for name, default, help in (
-        ("model", None, "folder, or name on the hub, of a model; none: the embedded default"),
-        ("benchmarks", None, f"comma-separated: toy, {known}, files of problems, or data sets "
-                             "OWNER/NAME on the hub [toy]"),
-        ("data_dir", None, "folder of NAME.jsonl; none: $REMIX_DATA, else downloaded to HF_HOME"),
-        ("template", "auto", f"{', '.join(data.TEMPLATES)}, or a file [auto: that of the run for "
-                             "RUN/model and RUN/best, else chosen by the model]"),
-        ("reward", None, "your own reward, MODULE:FUNCTION, in place of right or wrong"),
-        ("out", None, "output folder [RUN/eval for RUN/model, RUN/eval-best for RUN/best, else "
-                      "eval/MODEL; DIR/rejudged for --rejudge DIR]"),
-        ("rejudge", None, "judge the responses of an earlier evaluation again: its folder"),
-    ):
-        parser.add_argument(f"--{name}", default=default, help=help)
-    for name, kind, default, help in (
-        ("k", int, None, "samples per problem [1]; greedy takes one"),
-        ("temperature", float, None, "sampling temperature [0.6]; 0: greedy"),
-        ("max_prompt", int, 2048, "longest prompt (tokens); longer ones are counted and skipped"),
-        ("max_response", int, 8192, "longest response (tokens), shorter where the context ends"),
-        ("seed", int, 0, "of every request"),
-        ("tp", int, 1, "tensor-parallel ranks per engine"),
-        ("engine_memory", float, 0.9, "share of GPU memory for vLLM"),
-        ("threads", int, 1, "CPU threads per rank"),
-    ):
-        shown = "" if default is None else f" [{default}]"
-        parser.add_argument(f"--{name}", type=kind, default=default, help=help + shown)
-    parser.add_argument("--preset", choices=["paper"], help="the paper's protocol: its five "
-                        "benchmarks, greedy and at T = 0.1 (32 samples on aime24 and amc)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                        help="[auto: bfloat16 on a GPU, float32 on a CPU]")
-    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"),
-                        help="two results.json: paired differences with bootstrap intervals")
-    # fmt: on
-    args = parser.parse_args(argv)
-    least = dict(k=1, max_prompt=1, max_response=1, temperature=0, tp=1, threads=1)
-    for name, bound in least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= bound:
-            raise ConfigError(f"--{name} is {value}: at least {bound} is needed")
-    hot = (args.temperature or 0) >= 100
-    if hot or not (0 < args.engine_memory < 1 and 0 <= args.seed < 2**32):
-        bounds = "--temperature must lie below 100, --engine_memory in (0, 1), --seed in [0, 2^32)"
-        raise ConfigError(bounds)
+    """Flags -> checked arguments. Raises ValueError."""
+    about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.parser(FLAGS, prog="eval.py", **about)
+    help = "two results.json: paired differences with bootstrap intervals"
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help=help)
+    defaults = {name: one.default for name, one in FLAGS.items()}
+    args = parser.parse_args(argv, argparse.Namespace(**defaults, compare=None))
+    config.check_bounds(args, FLAGS)
     if (world := int(os.environ.get("WORLD_SIZE", 1))) % args.tp:
         raise ConfigError(f"{world} ranks cannot be divided into groups of --tp {args.tp}")
-    if not args.out:
-        path = Path(args.model or "toy").resolve()
-        beside = {"model": "eval", "best": "eval-best"}.get(path.name)  # RUN/model -> RUN/eval
-        args.out = path.parent / beside if beside else Path("eval") / path.name
-        if args.rejudge:
-            args.out = Path(args.rejudge) / "rejudged"
-    args.out = Path(args.out)
-    if not args.compare:
-        check_free(args.out)
     if args.template != "auto":
         data.template_style(args.template)
-    if args.reward:
-        own(args.reward)
+    path = Path(args.model or "toy").resolve()
+    beside = {"model": "eval", "best": "eval-best"}.get(path.name)  # RUN/model -> RUN/eval
+    default = path.parent / beside if beside else f"eval/{path.name}"
+    args.out = str(args.out or args.rejudge and f"{args.rejudge}/rejudged" or default)
     return args
 
 
-def check_free(out):
-    """Raise ConfigError where `out` holds a finished evaluation."""
-    if (out / "results.json").exists():
-        raise ConfigError(f"{out} already holds results: choose another --out")
+def prepare(args, say):
+    """What a generation needs, on every rank alike: part -> problems, folder of the model,
+    tokenizer, and the settings to be written down. Raises ValueError.
 
-
-class Part(NamedTuple):
-    """k samples at one temperature for each problem of a benchmark."""
-
-    problems: list
-    settings: dict  # n, k, temperature, template, style, skipped, and hashes: problems, prompts
-
-
-def make_parts(args, say):
-    """Everything that a generation needs. Returns (name -> Part, folder of the model, tokenizer,
-    longest sequence (tokens)). Raises ValueError."""
-    vllm = check_vllm()
-    asked = args.benchmarks
-    if asked is None:
-        asked = ",".join(PAPER) if args.preset else "toy"
-    names = list(dict.fromkeys(name.strip() for name in asked.split(",")))
-    problems = {name: data.load_eval_data(name, args.data_dir) for name in names}
-    if args.reward:
-        try_own(args.reward, problems[names[0]][0]["answer"])
+    A part is k samples at one temperature for each problem of a benchmark.
+    """
+    package = config.check_vllm()
+    ranks.check_gpus(package)
+    if args.benchmarks is None:
+        args.benchmarks = ",".join(PAPER) if args.preset else "toy"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    names = [name.strip() for name in args.benchmarks.split(",")]
+    benchmarks = {name: data.load_eval_data(name, args.data_dir) for name in names}
+    if args.reward:  # tried on one response, before a model is fetched
+        try_own(args.reward, benchmarks[names[0]][0]["answer"])
     if args.model:
         folder = data.model_folder(args.model)
         data.check_model(folder, args.tp)
     else:
         folder = toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
-    tokenizer, context = data.load_tokenizer(folder), data.context_length(folder) or 10**9
-    ranks.check_gpus(vllm)
-    template = args.template
-    if template == "auto":
-        of_model = data.default_template(args.model or folder, tokenizer)
-        template = of_run(args.model, "template") or of_model
-    temperatures = (0.6 if args.temperature is None else args.temperature,)
-    if args.preset and args.temperature is None:
-        temperatures = (0.0, 0.1)
-    parts = {}
-    for name in names:
+    tokenizer = data.load_tokenizer(folder)
+    try:  # RUN/model and RUN/best are their run's
+        run = config.saved_values(Path(args.model).resolve().parent) if args.model else {}
+    except ConfigError:
+        run = {}
+    of_model = data.default_template(args.model or folder, tokenizer)
+    template = run.get("template", of_model) if args.template == "auto" else args.template
+    temperatures = [args.temperature]
+    if args.temperature is None:
+        temperatures = [0.0, 0.1] if args.preset else [0.6]
+    context, parts, described = data.context_length(folder) or 10**9, {}, {}
+    for name, problems in benchmarks.items():
         chosen = "raw" if name == "toy" else template
         how = folder, tokenizer, chosen, min(args.max_prompt, context - 1), say, f" of {name}"
-        encoded, skipped = data.encode(problems[name], *how)
+        problems, skipped = data.encode(problems, *how)
         k = args.k or (32 if args.preset and name in ("aime24", "amc") else 1)
-        settings = dict(
-            n=len(encoded),
-            template=chosen,
-            style=args.reward or data.template_style(chosen),
-            skipped=skipped,
-            problems=data.content(encoded),
-            prompts=data.fingerprint(folder, encoded)[:16],
-        )
+        style = args.reward or data.template_style(chosen)
+        shared = dict(n=len(problems), template=chosen, style=style, skipped=skipped)
+        shared["problems"] = data.content(problems)
         for temperature in temperatures:
-            label = f"T={temperature:g}" if temperature else "greedy"
-            label = f"{name} {label}" if args.preset else name
-            drawn = dict(k=k if temperature else 1, temperature=temperature)
-            parts[label] = Part(encoded, settings | drawn)
-    longest = max(len(p["prompt_ids"]) for part in parts.values() for p in part.problems)
+            part = f"{name} T={temperature:g}" if temperature else f"{name} greedy"
+            part = part if args.preset else name
+            parts[part] = problems
+            described[part] = shared | dict(k=k if temperature else 1, temperature=temperature)
+    asked = [problem for problems in parts.values() for problem in problems]
+    longest = max(len(problem["prompt_ids"]) for problem in asked)
     length = min(longest + args.max_response, context)
     if length < longest + args.max_response:
-        left = f"the model's context of {context} ends: {length - longest} after the longest prompt"
-        say(f"responses may have {args.max_response} tokens, fewer where {left}")
-    return parts, folder, tokenizer, length
-
-
-def of_run(model, name):
-    """The value `name` of the run whose model/ or best/ this is; None where it is no run's."""
-    try:
-        config = Path(model).resolve().parent / "config.json"
-        return json.loads(config.read_text())["values"][name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def describe(args, parts, length):
-    """The settings of an evaluation, as written down: the flags and what they led to."""
-    flags = {name: v for name, v in vars(args).items() if name not in ("compare", "rejudge")}
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "math_verify")}
-    described = {name: part.settings for name, part in parts.items()}
-    base = of_run(args.model, "model") or args.model
-    more = dict(versions=versions, longest_sequence=length, base=base, parts=described)
-    return flags | {"out": str(args.out)} | more
+        least = f"{length - longest} tokens after the longest prompt"
+        say(f"responses are cut where the model's context of {context} ends: {least}")
+    packages = ("torch", package, "transformers", "math_verify")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    base, prompts = run.get("model") or args.model, data.fingerprint(folder, asked)[:16]
+    more = dict(base=base, prompts=prompts, longest_sequence=length, versions=versions)
+    return parts, folder, tokenizer, vars(args) | more | dict(parts=described)
 
 
 def begin(out, settings):
-    """Make the output folder, or go on with what is there. Returns the rows of samples.jsonl.
-    Raises ValueError for other settings."""
+    """Make the output folder with its settings.json, or go on with what is there. Returns the rows
+    of samples.jsonl. Raises ValueError where it holds results, or was begun with other settings."""
     out.mkdir(parents=True, exist_ok=True)
     guards.hold(out)
-    check_free(out)  # again: another evaluation may have ended here in the meantime
-    path = out / "settings.json"
+    if (out / "results.json").exists():
+        raise ConfigError(f"{out} already holds results: choose another --out")
+    path, samples = out / "settings.json", out / "samples.jsonl"
     if path.exists():
-        before = flat(json.loads(path.read_text()))
-        for name, now in flat(settings).items():
-            if name not in MACHINE and before.get(name) != now:
-                raise ConfigError(
-                    f"{out} holds an unfinished evaluation with another {name} "
-                    f"({before.get(name)}, now {now}): say the same, or choose another --out"
-                )
-    path.write_text(json.dumps(settings, indent=1))
-    samples = out / "samples.jsonl"
+        before = json.loads(path.read_text())
+        keys = [key for key in settings if key not in MAY_DIFFER]
+        if changed := differences(before, settings, keys):
+            why = f"{out} holds an unfinished evaluation, and {changed[0]} now"
+            raise ConfigError(f"{why}: say the same, or choose another --out")
+    rewrite(path, json.dumps(settings, indent=1))
     rows = read_rows(samples) if samples.exists() else []
-    write_rows(samples, rows)  # without an unfinished last line
+    rewrite(samples, jsonl(rows))  # without an unfinished last line
     return rows
-
-
-def flat(settings):
-    found = settings | {"parts": list(settings["parts"])}
-    for part, values in settings["parts"].items():
-        found |= {f"{name} of {part}": value for name, value in values.items()}
-    return found
 
 
 def read_rows(path):
-    """The rows of a samples.jsonl; an unfinished last line is left out. Raises ValueError."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: no row of eval.py ({error})") from None
-    return rows
+    """The rows of a samples.jsonl, without an unfinished last line."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def write_rows(path, rows):
-    rewrite(path, "".join(json.dumps(row) + "\n" for row in rows))
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def finish(out, settings, rows):
-    """Scores of all rows: the console's table, results.json and the picture. Raises ConfigError
-    unless the rows are k samples for every problem of every part, each once."""
-    wanted = sum(part["n"] * part["k"] for part in settings["parts"].values())
-    found = {(row["part"], row["id"], row["sample"]) for row in rows}
-    if not len(found) == len(rows) == wanted:
-        raise ConfigError(
-            f"{settings['out']} holds {len(found)} of {wanted} responses ({len(rows)} lines): "
-            "the evaluation's own command goes on with it"
-        )
+    """Scores of all rows: the console's table, results.json and the picture."""
     scores, problems = {}, {}
     for name, part in settings["parts"].items():
-        mine = [row for row in rows if row["part"] == name]
-        scores[name] = summarise(mine) | part
-        problems[name] = {}
-        for id, some in by_problem(mine).items():
-            problems[name][id] = mean(row["reward"] for row in some)
+        scores[name] = summarise([row for row in rows if row["part"] == name]) | part
+        problems[name] = scores[name].pop("by_problem")
     lines = table(scores)
     if settings["preset"]:
         lines += published(scores, settings["model"] or "", settings["base"] or "")
     print("\n".join(lines))
-    os.makedirs(out, exist_ok=True)
     chart(scores, out / "results.png", settings["model"] or "the embedded default")
     results = dict(scores=scores, settings=settings, problems=problems)
     rewrite(out / "results.json", json.dumps(results, indent=1))
@@ -576,27 +469,28 @@ def finish(out, settings, rows):
 
 def rejudge(args):
     """Judge the rows of an earlier evaluation again, by its own styles or --reward. Raises
-    ConfigError."""
-    folder, changed = Path(args.rejudge), 0
-    try:
-        settings = json.loads((folder / "settings.json").read_text())
-        rows = read_rows(folder / "samples.jsonl")
-        with Judge() as judge:
-            for name, part in settings["parts"].items():
-                part["style"] = args.reward or part["style"]
-                some = [row for row in rows if row["part"] == name]
-                before = [row["reward"] for row in some]
-                judge_rows(judge, some, part["style"])
-                changed += sum(old != row["reward"] for old, row in zip(before, some))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"no evaluation to judge again ({error})"
-        raise ConfigError(f"--rejudge {folder}: {why}") from None
-    except RuntimeError as error:  # of one's own reward, or no math-verify
-        raise ConfigError(str(error)) from None
+    ValueError and OSError."""
+    folder, out = Path(args.rejudge), Path(args.out)
+    settings = json.loads((folder / "settings.json").read_text())
+    rows = read_rows(folder / "samples.jsonl")
+    wanted = sum(part["n"] * part["k"] for part in settings["parts"].values())
+    if len(rows) != wanted:
+        why = f"holds {len(rows)} of {wanted} responses: the evaluation's own command goes on"
+        raise ConfigError(f"--rejudge {folder} {why}")
+    if args.reward:
+        try_own(args.reward, rows[0]["gold"])
+        for part in settings["parts"].values():
+            part["style"] = args.reward
+    settings |= dict(out=args.out, rejudge=args.rejudge, reward=args.reward or settings["reward"])
     settings["versions"]["math_verify"] = importlib.metadata.version("math_verify")
-    finish(args.out, settings | dict(rejudged=args.rejudge), rows)
-    (args.out / "settings.json").write_text(json.dumps(settings, indent=1))
-    write_rows(args.out / "samples.jsonl", rows)
+    begin(out, settings)
+    before = [row["reward"] for row in rows]
+    with Judge() as judge:
+        for name, part in settings["parts"].items():
+            judge_rows(judge, [row for row in rows if row["part"] == name], part["style"])
+    changed = sum(old != row["reward"] for old, row in zip(before, rows))
+    rewrite(out / "samples.jsonl", jsonl(rows))
+    finish(out, settings, rows)
     print(f"{changed} of {len(rows)} verdicts changed")
 
 
@@ -604,45 +498,40 @@ def main(argv=None):
     guards.guard()
     first = os.environ.get("RANK", "0") == "0"
     say = partial(print, flush=True) if first else lambda *_: None
-    rows = None
+    rows = []
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.compare:
-            return print("\n".join(compare(*args.compare)))
+            return say("\n".join(compare(*args.compare)))
         if args.rejudge:
-            return rejudge(args)
-        parts, folder, tokenizer, length = make_parts(args, say)
-        if args.dtype == "auto":
-            args.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        settings = describe(args, parts, length)
+            return rejudge(args) if first else None
+        parts, folder, tokenizer, settings = prepare(args, say)
         if first:  # what cannot be written to is known before the evaluation
-            rows = begin(args.out, settings)
+            rows = begin(Path(args.out), settings)
     except (ValueError, OSError) as error:
-        exit_bad_input(error)
+        config.exit_bad_input(error)
 
+    samples = Path(args.out) / "samples.jsonl"
     with Judge() as judge:
-        if any(part.settings["style"] != "hash" for part in parts.values()):
+        if any(part["style"] != "hash" for part in settings["parts"].values()):
             judge.start()  # before CUDA does
         joined = ranks.start(args.threads)
-        known = [(row["part"], row["id"], row["sample"]) for row in rows or ()]
-        known = gather(known)[0]
+        known = gather([(row["part"], row["id"], row["sample"]) for row in rows])[0]
         if known:
             say(f"going on after {len(known)} responses of an interrupted evaluation")
-        samples = args.out / "samples.jsonl"
-        engine = Engine(folder, length, args, joined, version=0, stop=stop_tokens(tokenizer))
-        for name, (problems, how) in parts.items():
+        how = settings["longest_sequence"], args, joined
+        engine = Engine(folder, *how, version=0, stop=stop_tokens(tokenizer))
+        for name, part in settings["parts"].items():
 
             def write(chunk, name=name):
                 if first:
-                    lines = [json.dumps({"part": name} | row) + "\n" for row in chunk]
-                    with open(samples, "a", encoding="utf-8") as file:
-                        file.writelines(lines)
+                    append(samples, jsonl({"part": name} | row for row in chunk))
 
-            asked = how["k"], how["temperature"], args.max_response, how["style"], args.seed
-            done = {(id, sample) for part, id, sample in known if part == name}
-            evaluate(engine, judge, tokenizer, problems, 0, *asked, done, write)
+            asked = part["k"], part["temperature"], args.max_response, part["style"], args.seed
+            done = {(id, sample) for of, id, sample in known if of == name}
+            evaluate(engine, judge, tokenizer, parts[name], 0, *asked, done, write)
     if first:
-        finish(args.out, settings, read_rows(samples))
+        finish(Path(args.out), settings, read_rows(samples))
     ranks.stop()
 
 

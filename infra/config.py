@@ -199,23 +199,26 @@ def values_of(cfg):
 
 def typed(argv, flags):
     """The flags that were typed, name -> value. Raises ConfigError."""
-    parser = Parser(
-        prog="train.py",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        description="Train a language model with ReMix (arXiv 2507.06892) or a relative. Defaults "
-        "shown are the paper's scale; the rows of --algo, model and --preset go before them.",
+    about = (
+        "Train a language model with ReMix (arXiv 2507.06892) or a relative. Defaults shown are "
+        "the paper's scale; the rows of --algo, model and --preset go before them."
     )
+    return vars(parser(flags, prog="train.py", description=about).parse_args(argv))
+
+
+def parser(flags, **about):
+    """A parser that finds the flags that are typed. about: what argparse says of the program."""
+    found = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **about)
     for name, one in flags.items():
         text = f"{one.help} [default {one.default}; {one.source}]".replace("%", "%%")
         if one.type is bool:
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+            found.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
         else:
             metavar = None if one.choices else one.type.__name__
-            parser.add_argument(
+            found.add_argument(
                 f"--{name}", type=one.type, choices=one.choices, help=text, metavar=metavar
             )
-    return vars(parser.parse_args(argv))
+    return found
 
 
 def matching(rows, names):
@@ -246,19 +249,25 @@ def saved_values(out):
         raise ConfigError(f"nothing to resume in {out}: {why}; start it without --resume") from None
 
 
-def check(cfg, flags, world=1):
-    """Raise ConfigError for values that cannot work. `world` is the number of ranks."""
+def need(fine, message):
+    if not fine:
+        raise ConfigError(message)
 
-    def need(fine, message):
-        if not fine:
-            raise ConfigError(message)
 
+def check_bounds(cfg, flags):
+    """Raise ConfigError for a number outside its flag's bounds."""
     for name, one in flags.items():
         value = getattr(cfg, name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value), f"--{name} is {value}: a finite number is needed")
             need(value >= one.least, f"--{name} is {value}: at least {one.least:g} is needed")
             need(value <= one.most, f"--{name} is {value}: at most {one.most:g} makes sense")
+
+
+def check(cfg, flags, world=1):
+    """Raise ConfigError for values that cannot work. `world` is the number of ranks."""
+
+    check_bounds(cfg, flags)
     need(
         cfg.replay or world % cfg.tp == 0,
         f"{world} ranks cannot be divided into tensor-parallel groups of --tp {cfg.tp}",
