@@ -1,16 +1,18 @@
 """Worker processes that can be killed: one request at a time, one JSON object a line.
 
 Not a process pool of a library: those start their children from the caller's main module (the
-trainer, hence torch). Here a worker is a file started by its name, kept by a thread of an executor.
+trainer, hence torch). Nor an executor: its threads finish their work before the interpreter may
+exit. Here a worker is a file started by its name, kept by a daemon thread of ours.
 """
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 # for a worker to import math-verify: about 1 s, far more on a cold network disk
 START_SECONDS = 120.0
@@ -26,8 +28,8 @@ class Pool:
         if workers < 1 or seconds <= 0:
             raise ValueError(f"needs workers >= 1 and timeout > 0, not {workers} and {seconds}")
         self.path, self.workers, self.seconds = path, workers, seconds
-        self.closed, self.processes = False, set()
-        self._executor, self._mine = ThreadPoolExecutor(workers), threading.local()
+        self.closed, self.dropped, self.processes = False, False, set()
+        self._queue, self._threads, self._mine = queue.SimpleQueue(), [], threading.local()
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -39,25 +41,49 @@ class Pool:
             self._worker()
 
         with self._lock:
-            if self.closed:
-                raise RuntimeError("this pool is closed")
-            started = [self._executor.submit(ready) for _ in range(self.workers)]
-            for future in started:
-                future.result()
+            started = [self._put(ready) for _ in range(self.workers)]
+        for future in started:
+            future.result()
 
     def submit(self, request: dict, finish) -> Future:
         """A Future of finish(request, self.ask), in a thread that has a worker of its own."""
-        return self._executor.submit(finish, request, self.ask)
+        with self._lock:
+            return self._put(lambda: finish(request, self.ask))
+
+    def _put(self, work) -> Future:
+        if self.closed:
+            raise RuntimeError("this pool is closed")
+        while len(self._threads) < self.workers:
+            self._threads.append(threading.Thread(target=self._serve, daemon=True))
+            self._threads[-1].start()
+        future = Future()
+        self._queue.put((future, work))
+        return future
+
+    def _serve(self) -> None:
+        while (task := self._queue.get()) is not None:
+            future, work = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except Exception as error:
+                    future.set_exception(error)
+        if getattr(self._mine, "process", None) is not None:
+            self._end(self._mine.process)
 
     def close(self, wait: bool = True) -> None:
-        """Finishes what it has and ends the workers; wait=False drops what it has."""
-        self.closed = True
-        if wait:
-            self._executor.shutdown()
-        else:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-        for process in list(self.processes):
-            process.kill() if not wait else self._end(process)
+        """Finishes what it has and ends the workers; wait=False fails what it has, and returns."""
+        with self._lock:
+            if not self.closed:
+                self.closed = True
+                for _ in self._threads:
+                    self._queue.put(None)
+            self.dropped = self.dropped or not wait
+        for thread in self._threads if wait else ():
+            thread.join()
+        # their threads see them die
+        for process in list(self.processes) if self.dropped else ():
+            process.kill()
 
     def _worker(self) -> subprocess.Popen:
         """This thread's own process: on Linux it dies with the thread that started it."""
@@ -96,6 +122,9 @@ class Pool:
                 stderr=subprocess.DEVNULL,
             )
             self.processes.add(process)
+            if self.dropped:
+                self._end(process)
+                raise RuntimeError("this pool was closed before its work was done")
             reply = _exchange(process, None, START_SECONDS)
             if reply == {"ready": True}:
                 return process

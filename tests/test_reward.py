@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -733,6 +734,12 @@ def test_final_answer(response, style, final):
     assert final_answer(response, style) == final
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=300) | st.text("\\{}$^_,. 0123456789eEx*textcmandor", max_size=300))
+def test_canonical_takes_any_text(text):
+    canonical(text)
+
+
 @pytest.fixture(scope="module")
 def golds(tmp_path_factory):
     """Every benchmark's answers, {name: [list of acceptable answers, ...]}."""
@@ -849,6 +856,19 @@ def test_another_problems_answer_is_wrong(judge, golds):
     assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got] == []
 
 
+def test_long_responses_are_read(judge):
+    """One that is read in more than linear time is not read before this test's patience ends."""
+    items = [
+        ("think \\ { " * 500_000 + r"\boxed{27}", "27.0", "boxed"),
+        (r"\boxed{" * 200_000, "1", "boxed"),
+        ("{" * 10**6 + "}" * 10**6 + r"\boxed{27.0}", "27", "boxed"),
+        (r"\boxed{" + "1+" * 500_000 + "1}", "500001", "boxed"),
+        ("#" * 10**6, "", "hash"),
+    ]
+    found = [verdict.reason for verdict in judge.submit(items).result(300)]
+    assert found == [None, "no_box", None, "parse_failure", None]
+
+
 # -- an answer always comes --
 
 
@@ -897,21 +917,23 @@ HOSTILE = [
 def test_no_hostile_text_is_right_or_outlasts_its_time():
     with Judge(workers=2, timeout=2) as judge:
         judge.start()
-        began = time.monotonic()
         batches = [judge.submit([(text, "5", "boxed")]) for text in HOSTILE]
-        verdicts = [batch.result(100)[0] for batch in batches]
-        assert [v.reward for v in verdicts] == [0.0] * len(HOSTILE) and verdicts[
-            0
-        ].reason == "timeout"
-        assert time.monotonic() - began < 5 * len(HOSTILE)
+        verdicts = [batch.result(300)[0] for batch in batches]
+    assert [v.reward for v in verdicts] == [0.0] * len(HOSTILE)
+    assert verdicts[0].reason == "timeout"
 
 
 @pytest.mark.parametrize("hostile", [TOWER, "x" * 10**6 + TOWER, "{" * 10**6])
 def test_reward_answers_in_time(hostile):
     """Altogether, with the start of a worker: the one before was killed."""
-    began = time.monotonic()
+    assert module.TIMEOUT < module.CALL_TIMEOUT < 10
     assert reward(hostile, "5") == 0.0
-    assert time.monotonic() - began < 11
+
+
+def test_reward_answers_from_another_thread():
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(reward, TOWER, "5").result(120) == 0.0
+        assert thread.submit(reward, r"\boxed{20 + 7}", "27").result(120) == 1.0
 
 
 def test_no_text_is_evaluated(judge, tmp_path):
@@ -957,15 +979,13 @@ def test_the_same_request_is_judged_once():
     """A hang of a whole group costs one timeout, and every index gets its own verdict."""
     with Judge(workers=1, timeout=3) as judge:
         judge.start()
-        began = time.monotonic()
         items = [
             (TOWER, "5", "boxed"),
             SUM,
             (r"\boxed{1 + 1}", "3", "boxed"),
             (TOWER, ["5"], "boxed"),
         ] * 50
-        verdicts = judge.submit(items).result(100)
-        assert time.monotonic() - began < 30
+        verdicts = judge.submit(items).result(250)  # 100 timeouts would be 300
         assert (
             verdicts
             == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong"), Verdict(0.0, "timeout")] * 50
@@ -1012,12 +1032,18 @@ def test_verdicts_keep_their_order(judge):
 def test_a_hang_costs_its_timeout_and_nothing_else():
     with Watched(workers=1, timeout=3) as judge:
         assert judge.submit([SUM]).result() == [RIGHT]
-        first, began = judge.started(), time.monotonic()
+        first = judge.started()
         items = [(TOWER, "5", "boxed"), SUM, (r"\boxed{28}", "27.0", "boxed")]
         verdicts = judge.submit(items).result(60)
         assert verdicts == [Verdict(0.0, "timeout"), RIGHT, Verdict(0.0, "wrong")]
-        assert 3 <= time.monotonic() - began < 20
         assert not set(first) & set(judge.pids()), "the hung process lives on"
+
+
+def test_a_stopped_worker_is_replaced():
+    with Watched(workers=1, timeout=5) as judge:
+        judge.submit([SUM]).result()
+        os.kill(judge.started()[0], signal.SIGSTOP)
+        assert judge.submit(sums(3)).result(120) == [Verdict(0.0, "timeout"), RIGHT, RIGHT]
 
 
 def test_a_killed_worker_is_replaced_and_its_item_judged_again():
@@ -1070,6 +1096,29 @@ def test_close_finishes_the_work_and_ends_the_workers():
     judge.close()
     with pytest.raises(RuntimeError, match="closed"):
         judge.submit([("#5", "5", "hash")])
+
+
+def test_close_without_waiting_drops_the_work():
+    judge = Judge(workers=1, timeout=1000)
+    batch = judge.submit([(TOWER, "5", "boxed"), SUM])
+    judge.close(wait=False)
+    with pytest.raises(RuntimeError, match="closed"):
+        batch.result(300)
+
+
+def test_a_script_ends_though_its_judges_were_not_closed(tmp_path):
+    """Amid work that would take 1000 s."""
+    done = script(
+        tmp_path,
+        r"""
+from reward import Judge, reward
+print(reward(r"\boxed{20 + 7}", "27"))
+judge = Judge(1, 1000)
+judge.start()
+judge.submit([(r"\boxed{9^{9^{9^{9^9}}}}", "5", "boxed"), (r"\boxed{20 + 7}", "27", "boxed")])
+""",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1.0\n", "")
 
 
 def test_text_needs_no_process():
