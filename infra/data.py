@@ -569,10 +569,8 @@ def prepare(cfg, say) -> Task:
     context = context_length(folder)
     if context and cfg.max_prompt + cfg.max_response > context:
         if cfg.max_prompt >= context or "max_response" in cfg.given:
-            lengths = f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response}"
-            raise ValueError(
-                f"{lengths} exceed the model's context of {context} tokens: lower them"
-            )
+            why = f"the model has a context of {context} tokens"
+            raise ValueError(f"{why}: lower --max_prompt {cfg.max_prompt} or --max_response")
         cfg.max_response = context - cfg.max_prompt
     lengths = f"prompts take up to {cfg.max_prompt} tokens, responses up to {cfg.max_response}"
     say(f"{lengths}; the model's context is {context or 'not known'}")
@@ -586,8 +584,8 @@ def prepare(cfg, say) -> Task:
     cfg.fingerprint = fingerprint(folder, problems)
     saved = _config(cfg.out).get("fingerprint") if cfg.resume else None
     if saved not in (None, cfg.fingerprint):
-        other = "other problems or another kind of model"
-        raise ValueError(f"the run in {cfg.out} was on {other}: --model and --data must not change")
+        why = f"the run in {cfg.out} was on other problems or another kind of model"
+        raise ValueError(f"{why}: --model and --data may move, not change")
     return Task(folder, tokenizer, problems, parts)
 
 
