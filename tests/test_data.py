@@ -330,7 +330,7 @@ def test_one_changed_answer_is_noticed(benchmarks, tmp_path):
     assert [p["id"] for p in found] == [f"my/{i}" for i in range(30)]
     names = "aime24, amc, amc23, math500, minerva, olympiadbench"
     refused(f"'aime25'|{names}", data.load_benchmark, "aime25")
-    refused("no aime24.jsonl|--data_dir", data.load_benchmark, "aime24", tmp_path)
+    refused("no aime24.jsonl|--data_dir", data.load_benchmark, "aime24", tmp_path / "none")
 
 
 def test_benchmarks_are_downloaded_once_and_checked(hub, tmp_path, monkeypatch):
