@@ -317,8 +317,8 @@ def _template(template):
     try:
         text = Path(template).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        names = f"{', '.join(TEMPLATES)}, or a file of UTF-8 text"
-        raise ValueError(f"template '{template}': choose one of {names} ({error})") from None
+        names = f"choose one of {', '.join(TEMPLATES)}, or a file of UTF-8 text"
+        raise ValueError(f"unknown template '{template}': {names} ({error})") from None
     found = _parse(text, f"template {template}") if Path(template).suffix == ".json" else text
     messages = [{"role": "user", "content": found}] if isinstance(found, str) else found
     try:
