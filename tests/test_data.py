@@ -13,14 +13,14 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyarrow import Table, parquet
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -36,22 +36,17 @@ SUFFIX = r"Let's think step by step and output the final answer within \boxed{}.
 
 def make_tokenizer(chat_template=None, bos=False, eos="<eos>"):
     """One token a character; <think> and <|...|> marks are single tokens."""
-    characters = [chr(i) for i in range(32, 127)] + ["\n"]
     special = ["<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "?"]
+    characters = [chr(i) for i in range(32, 127)] + ["\n"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(special + characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 0)]
-        )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token=eos,
-        additional_special_tokens=special[2:6],
-    )
+        both = dict(single="<bos> $A", special_tokens=[("<bos>", 0)])
+        tokenizer.post_processor = processors.TemplateProcessing(**both)
+    marks = dict(bos_token="<bos>", eos_token=eos, additional_special_tokens=special[2:6])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
     fast.chat_template = chat_template
     return fast
 
@@ -65,10 +60,28 @@ def write(path, text):
     return path
 
 
-def one_line(caught, *words):
-    message = str(caught.value)
+def lines_of(rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+def table(path, *rows):
+    write(path, "")
+    parquet.write_table(Table.from_pylist(list(rows)), path)
+    return path
+
+
+def one_line(message, words):
+    """A short line with all of the words, which | divides."""
     assert "\n" not in message and len(message) < 900
-    assert all(str(word) in message for word in words), message
+    assert all(word in message for word in words.split("|")), message
+
+
+def refused(words, function, *args, **more):
+    """function refuses in one line with these words, and the path if it is given one."""
+    with pytest.raises(ValueError) as caught:
+        function(*args, **more)
+    one_line(str(caught.value), words)
+    assert all(str(path) in str(caught.value) for path in args if isinstance(path, Path))
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -95,126 +108,101 @@ def test_every_kind_of_answer_and_id(tmp_path):
     assert named == [{"id": "q/0", "problem": "1+1?", "answer": "2"}]
 
 
-@pytest.mark.parametrize("escape", [True, False])
-def test_unicode_survives_and_only_newlines_end_a_line(tmp_path, escape):
-    text = "Größe π\u2028übrig \U0001d54f \x85 naïve"
-    row = json.dumps({"problem": text, "answer": "π"}, ensure_ascii=escape)
-    assert data.load_problems(write(tmp_path / "u.jsonl", "\ufeff" + row))[0]["problem"] == text
-
-
 GOOD = '{"problem": "p", "answer": "1"}\n'
-START = '{"problem": "p", "answer": '
+START = GOOD + '{"problem": "p", "answer": '
 WIDE = {"k" * 1000 + str(i): 1 for i in range(1000)}
+LARGE = GOOD + '{"problem": "' + 2_000_000 * "a" + '", "answer": }'
+NESTED = START + "[" * 900 + "1" + "]" * 900 + "}"
+SAME_ID = '{"id": "a", "problem": "p", "answer": "1"}\n'
 
 
 # fmt: off
 @pytest.mark.parametrize("name, text, words", [
-    ("missing.jsonl", None, ["No such file", "check the path"]),
-    ("missing.parquet", None, ["No such file", "check the path"]),
-    ("set.csv", "problem,answer", [".jsonl", ".json", ".parquet", "OWNER/NAME"]),
-    ("set.parquet", "PAR1", ["set.parquet", "arquet"]),
-    ("empty.jsonl", "", ["no problems", "'problem'"]),
-    ("blank.jsonl", "\n \n", ["no problems"]),
-    ("empty.json", " ", ["no problems"]),
-    ("none.json", "[]", ["no problems"]),
-    ("bad.jsonl", GOOD + START + "}\n", ["line 2", "column 28", "malformed", "fix"]),
-    ("cut.jsonl", GOOD + GOOD[:20], ["line 2", "malformed"]),
-    ("bad.json", '[{"problem": "p",\n "answer" 1}]', ["line 2", "malformed"]),
-    ("deep.jsonl", GOOD + "[" * 100_000, ["line 2", "fix"]),
-    ("deep_object.jsonl", GOOD + '{"a":' * 100_000, ["line 2", "fix"]),
-    ("digits.jsonl", GOOD + START + "9" * 5000 + "}", ["line 2", "fix"]),
-    ("object.json", '{"problem": "p", "answer": "1"}', ["[ ]"]),
-    ("nested.jsonl", GOOD + START + "[" * 900 + "1" + "]" * 900 + "}", ["line 2", "'answer'"]),
-    ("large.jsonl", GOOD + '{"problem": "' + 2_000_000 * "a" + '", "answer": }',
-     ["line 2", "column 2000027", "malformed"]),
-    ("keys.jsonl", GOOD + json.dumps(WIDE), ["line 2", "'problem'", "..."]),
-    ("twice_a_key.jsonl", GOOD + START + '"1", "answer": "2"}', ["line 2", "'answer' twice"]),
-    ("utf16.jsonl", GOOD.encode("utf-16"), ["line 1", "UTF-8"]),
-    ("utf16_without_mark.jsonl", GOOD.encode("utf-16-le"), ["line 1", "malformed"]),
-    ("nul.jsonl", GOOD + '{"problem": "p\0", "answer": "1"}', ["line 2", "control character"]),
-    ("mark.jsonl", GOOD + "\ufeff" + GOOD, ["line 2", "column 1", "BOM"]),
-    ("cr.jsonl", GOOD.replace("\n", "\r") * 2, ["line 1", "malformed"]),
-    ("latin.jsonl", GOOD.encode() + START.encode() + b'"\xf6"}', ["line 2", "UTF-8"]),
-    ("latin.json", b'[\n{"problem":\n "\xf6", "answer": "1"}]', ["line 3", "UTF-8"]),
-    ("list.jsonl", GOOD + "[1, 2]\n", ["line 2", "list", "not an object"]),
-    ("item.json", "[" + GOOD + ', "p"]', ["item 2", "str", "not an object"]),
-    ("key.jsonl", GOOD + '{"question": "p", "answer": "1"}',
-     ["line 2", "'problem'", "'question'", "problem_key"]),
-    ("answer.jsonl", GOOD + '{"problem": "p", "solution": "1"}',
-     ["line 2", "'answer'", "'solution'", "answer_key"]),
-    ("type.jsonl", GOOD + '{"problem": ["p"], "answer": "1"}',
-     ["line 2", "must be a string", "['p']"]),
-    ("nothing.jsonl", GOOD + '{"problem": " ", "answer": "1"}', ["line 2", "text in it"]),
-    ("null.jsonl", GOOD + START + "null}", ["line 2", "'answer'", "None"]),
-    ("dict.jsonl", GOOD + START + '{"a": 1}}', ["line 2", "'answer'"]),
-    ("bool.jsonl", GOOD + START + "true}", ["line 2", "True"]),
-    ("nan.jsonl", GOOD + START + "NaN}", ["line 2", "nan"]),
-    ("infinity.jsonl", GOOD + START + "1e999}", ["line 2", "inf"]),
-    ("no_answer.jsonl", GOOD + START + "[]}", ["line 2", "not empty", "[]"]),
-    ("blank_answer.jsonl", GOOD + START + '["1", ""]}', ["line 2", "not empty"]),
-    ("inner.jsonl", GOOD + START + '[["1"]]}', ["line 2", "'answer'"]),
-    ("half.jsonl", GOOD + '{"problem": "\\ud800", "answer": "1"}', ["line 2", "escape"]),
-    ("twice.jsonl", 2 * '{"id": "a", "problem": "p", "answer": "1"}\n',
-     ["line 2", "'a'", "line 1", "unique"]),
+    ("missing.jsonl", None, "No such file|check the path"),
+    ("missing.parquet", None, "No such file|check the path"),
+    ("set.csv", "problem,answer", ".jsonl|.json|.parquet|OWNER/NAME"),
+    ("set.parquet", "PAR1", "set.parquet|arquet"),
+    ("empty.jsonl", "", "no problems|'problem'"),
+    ("blank.jsonl", "\n \n", "no problems"),
+    ("empty.json", " ", "no problems"),
+    ("none.json", "[]", "no problems"),
+    ("bad.jsonl", START + "}\n", "line 2|column 28|malformed|fix"),
+    ("cut.jsonl", GOOD + GOOD[:20], "line 2|malformed"),
+    ("bad.json", '[{"problem": "p",\n "answer" 1}]', "line 2|malformed"),
+    ("deep.jsonl", GOOD + "[" * 100_000, "line 2|fix"),
+    ("deep_object.jsonl", GOOD + '{"a":' * 100_000, "line 2|fix"),
+    ("digits.jsonl", START + "9" * 5000 + "}", "line 2|fix"),
+    ("object.json", '{"problem": "p", "answer": "1"}', "[ ]"),
+    ("nested.jsonl", NESTED, "line 2|'answer'"),
+    ("large.jsonl", LARGE, "line 2|column 2000027|malformed"),
+    ("keys.jsonl", GOOD + json.dumps(WIDE), "line 2|'problem'|['kkk"),
+    ("twice_a_key.jsonl", START + '"1", "answer": "2"}', "line 2|'answer' twice"),
+    ("utf16.jsonl", GOOD.encode("utf-16"), "line 1|UTF-8"),
+    ("utf16_without_mark.jsonl", GOOD.encode("utf-16-le"), "line 1|malformed"),
+    ("nul.jsonl", GOOD + '{"problem": "p\0", "answer": "1"}', "line 2|control character"),
+    ("mark.jsonl", GOOD + "\ufeff" + GOOD, "line 2|column 1|BOM"),
+    ("cr.jsonl", GOOD.replace("\n", "\r") * 2, "line 1|malformed"),
+    ("latin.jsonl", START.encode() + b'"\xf6"}', "line 2|UTF-8"),
+    ("latin.json", b'[\n{"problem":\n "\xf6", "answer": "1"}]', "line 3|UTF-8"),
+    ("list.jsonl", GOOD + "[1, 2]\n", "line 2|list|not an object"),
+    ("item.json", "[" + GOOD + ', "p"]', "item 2|str|not an object"),
+    ("key.jsonl", '{"question": "p", "answer": "1"}', "'problem'|'question'|problem_key"),
+    ("answer.jsonl", '{"problem": "p", "solution": "1"}', "'answer'|'solution'|answer_key"),
+    ("type.jsonl", GOOD + '{"problem": ["p"], "answer": "1"}', "line 2|must be a string|['p']"),
+    ("nothing.jsonl", GOOD + '{"problem": " ", "answer": "1"}', "line 2|text in it"),
+    ("null.jsonl", START + "null}", "line 2|'answer'|None"),
+    ("dict.jsonl", START + '{"a": 1}}', "line 2|'answer'"),
+    ("bool.jsonl", START + "true}", "line 2|True"),
+    ("nan.jsonl", START + "NaN}", "line 2|nan"),
+    ("infinity.jsonl", START + "1e999}", "line 2|inf"),
+    ("no_answer.jsonl", START + "[]}", "line 2|not empty|[]"),
+    ("blank_answer.jsonl", START + '["1", ""]}', "line 2|not empty"),
+    ("inner.jsonl", START + '[["1"]]}', "line 2|'answer'"),
+    ("half.jsonl", GOOD + '{"problem": "\\ud800", "answer": "1"}', "line 2|escape"),
+    ("twice.jsonl", 2 * SAME_ID, "line 2|'a'|line 1|unique"),
 ])
 # fmt: on
 def test_a_bad_file_is_one_clear_line(tmp_path, name, text, words):
-    path = tmp_path / name
     if text is not None:
-        write(path, text)
-    with pytest.raises(ValueError) as caught:
-        data.load_problems(path)
-    one_line(caught, path, *words)
+        write(tmp_path / name, text)
+    refused(words, data.load_problems, tmp_path / name)
 
 
 def test_odd_files_that_are_right(tmp_path):
-    """A byte order mark, Windows' line ends, a long line, an answer of 4,000 digits, ids that look
-    like paths: text, and nothing else."""
+    """A byte order mark, Windows' line ends, U+2028, a long line, an answer of 4,000 digits, ids
+    that look like paths: text, and nothing else."""
     rows = [
         {"id": "../../../etc/passwd", "problem": "a" * 2_000_000, "answer": int("9" * 4000)},
         {"id": "/a\0b", "problem": "p", "answer": 1},
-        {"id": {"not": "text"}, "problem": "q", "answer": 2},
+        {"id": {"no": "text"}, "problem": "Größe\u2028übrig \U0001d54f \x85 naïve", "answer": "π"},
     ]
-    text = b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()
-    found = data.load_problems(write(tmp_path / "odd.jsonl", text))
-    assert [p["id"] for p in found] == ["../../../etc/passwd", "/a\0b", "odd/2"]
-    assert [p["answer"] for p in found] == ["9" * 4000, "1", "2"]
+    for escape in (True, False):
+        lines = [json.dumps(row, ensure_ascii=escape) for row in rows]
+        path = write(tmp_path / "odd.jsonl", "\ufeff" + "\r\n".join(lines))
+        found = data.load_problems(path)
+        assert [p["id"] for p in found] == ["../../../etc/passwd", "/a\0b", "odd/2"]
+        assert [p["answer"] for p in found] == ["9" * 4000, "1", "π"]
+        assert [p["problem"] for p in found] == [row["problem"] for row in rows]
     (tmp_path / "d.jsonl").mkdir()
-    with pytest.raises(ValueError, match="cannot be read"):
-        data.load_problems(tmp_path / "d.jsonl")
+    refused("cannot be read", data.load_problems, tmp_path / "d.jsonl")
 
 
 def test_parquet_is_read_like_the_rest(tmp_path):
-    from pyarrow import Table, parquet
-
-    def table(name, *rows):
-        parquet.write_table(Table.from_pylist(list(rows)), tmp_path / name)
-        return tmp_path / name
-
-    good = table(
-        "set.parquet",
-        {"problem": "1+1?", "answer": "2", "id": None},
-        {"problem": "2+2?", "answer": "4", "id": "b"},
-    )
-    assert data.load_problems(good) == [
-        {"id": "set/0", "problem": "1+1?", "answer": "2"},
-        {"id": "b", "problem": "2+2?", "answer": "4"},
-    ]
-    bad = table(
-        "bad.parquet", {"problem": "p", "answer": [1, 2]}, {"problem": "q", "answer": None}
-    )
-    with pytest.raises(ValueError, match="bad.parquet, row 1: 'answer' must be"):
-        data.load_problems(bad, say=pytest.fail)  # in a file every row must be usable
-    with pytest.raises(ValueError, match=r"row 0: no 'final' among its keys \['problem', 'answer"):
-        data.load_problems(bad, answer_key="final")
+    rows = [{"problem": "1+1?", "answer": "2", "id": None}]
+    rows += [{"problem": "2+2?", "answer": "4", "id": "b"}]
+    expected = [rows[0] | {"id": "set/0"}, rows[1]]
+    assert data.load_problems(table(tmp_path / "set.parquet", *rows)) == expected
+    rows = {"problem": "p", "answer": [1, 2]}, {"problem": "q", "answer": None}
+    bad, words = table(tmp_path / "bad.parquet", *rows), "row 1: 'answer' must be"
+    refused(words, data.load_problems, bad, say=pytest.fail)  # in a file every row must be usable
+    words = "row 0: no 'final' among its keys ['problem', 'answer"
+    refused(words, data.load_problems, bad, answer_key="final")
 
 
-# fmt: off
-ON_HUB = ("a/set", "agentica-org/DeepScaleR-Preview-Dataset", "a/b/main", "a/set-v1.5",
-          "a/b_c.d-1.0/x")
-NO_NAMES = ("set", "./a/set", "../a/set", "/a/set", "~/set", "a/b/c/d", "a/set.csv", "a/b/set.txt",
-            "a/", "a//b", "a/set.jsonl", "here/set")
-# fmt: on
+ON_HUB = "a/set agentica-org/DeepScaleR-Preview-Dataset a/b/main a/set-v1.5 a/b_c.d-1.0/x".split()
+NO_NAMES = (
+    "set ./a/set ../a/set /a/set ~/set a/b/c/d a/set.csv a/b/set.txt a/ a//b a/set.jsonl here/set"
+).split()
 
 
 @pytest.mark.parametrize("name", ON_HUB + NO_NAMES)
@@ -229,42 +217,30 @@ def test_what_is_a_name_on_the_hub(tmp_path, monkeypatch, name):
         assert asked == [(name, "test")]
     else:
         why = "set.jsonl: cannot be read" if "jsonl" in name else "not a .jsonl"
-        with pytest.raises(ValueError, match=why):
-            data.load_problems(name)
+        refused(why, data.load_problems, name)
         assert not asked
 
 
 def test_unusable_rows_of_a_hub_data_set_are_skipped_and_counted(monkeypatch):
-    good = [
-        {"problem": "p", "answer": "1", "id": "x"},
-        {"problem": "q", "answer": 2, "id": "x"},
-        {"problem": "r", "answer": "3", "id": None},
-    ]
-    bad = [
-        {"problem": "p", "answer": None},
-        {"problem": " ", "answer": "1"},
-        {"problem": "p", "answer": []},
-    ]
-    rows, said = [good[0], bad[0], good[1], bad[1], good[2], bad[2]], []
+    given = [("p", "1", "x"), ("q", 2, "x"), ("r", "3", None), ("p", None), (" ", "1"), ("p", [])]
+    made = [dict(zip(("problem", "answer", "id"), values)) for values in given]
+    good, bad, said = made[:3], made[3:], []
+    rows = [good[0], bad[0], good[1], bad[1], good[2], bad[2]]
     monkeypatch.setattr(data, "hub_rows", lambda name, split: rows)
     problems = data.load_problems("a/b", say=said.append)
     assert [p["id"] for p in problems] == ["x", "a/b/2", "a/b/4"]
     assert [p["answer"] for p in problems] == ["1", "2", "3"]
-    assert said == [
-        "skipped 3 of 6 rows of a/b (first: row 1: 'answer' must be a string, a number or a list "
-        "of those, and not empty; it is None)"
-    ]
+    kinds = "a string, a number or a list of those, and not empty; it is None"
+    assert said == [f"skipped 3 of 6 rows of a/b (first: row 1: 'answer' must be {kinds})"]
     assert data.load_problems("a/b") == problems
     rows[:] = good
     assert len(data.load_problems("a/b", say=pytest.fail)) == 3
     rows[:] = bad
-    for key, reason in (("answer", "row 0: 'answer' must be"), ("final", "row 0: no 'final'")):
-        with pytest.raises(ValueError, match="a/b: holds no problems") as caught:
-            data.load_problems("a/b", answer_key=key)
-        one_line(caught, "--problem_key", "--answer_key", reason)
+    words = "a/b: holds no problems|--problem_key|--answer_key|row 0: "
+    refused(words + "'answer' must be", data.load_problems, "a/b")
+    refused(words + "no 'final'", data.load_problems, "a/b", answer_key="final")
     rows[:] = []
-    with pytest.raises(ValueError, match="a/b: holds no problems"):
-        data.load_problems("a/b")
+    refused("a/b: holds no problems", data.load_problems, "a/b")
 
 
 @settings(max_examples=100, deadline=None)
@@ -298,8 +274,7 @@ def test_held_out_is_the_same_everywhere():
     assert [p["problem"] for p in held] == ["30+1?", "55+1?", "56+1?"]  # sha256's
     assert data.split_held_out(problems, 0) == (problems, [])
     for n in (-1, 100, 101):
-        with pytest.raises(ValueError, match=f"cannot hold {n} of 100"):
-            data.split_held_out(problems, n)
+        refused(f"cannot hold {n} of 100", data.split_held_out, problems, n)
 
 
 # -- benchmarks -----------------------------------------------------------------------------------
@@ -313,8 +288,7 @@ def benchmarks(tmp_path, monkeypatch):
     sources = {}
     for name, count in data.BENCHMARKS.items():
         rows = [{"id": f"{i}", "problem": f"{i} + 1?", "answer": [f"{i}"]} for i in range(count)]
-        text = "\n".join(map(json.dumps, rows))
-        path = write(tmp_path / "benchmarks" / f"{name}.jsonl", text)
+        path = write(tmp_path / "benchmarks" / f"{name}.jsonl", lines_of(rows))
         sources[name] = (data.SOURCES[name][0], data.content(data.load_problems(path)))
     monkeypatch.setattr(data, "SOURCES", sources)
     return tmp_path
@@ -330,8 +304,7 @@ def test_every_benchmark_has_its_size(benchmarks, monkeypatch):
         assert problems == data.load_eval_data(name, benchmarks)
     assert sum(data.BENCHMARKS.values()) == 1600
     assert len(data.load_eval_data("toy")) == 128
-    path = str(benchmarks / "benchmarks" / "aime24.jsonl")
-    assert len(data.load_eval_data(path)) == 30
+    assert len(data.load_eval_data(str(benchmarks / "benchmarks" / "aime24.jsonl"))) == 30
 
 
 def test_one_changed_answer_is_noticed(benchmarks, tmp_path):
@@ -345,24 +318,61 @@ def test_one_changed_answer_is_noticed(benchmarks, tmp_path):
         rows[::-1],
         rows[:29],
     ):
-        write(path, "\n".join(map(json.dumps, changed)))
-        with pytest.raises(ValueError, match=f"{len(changed)} problems .* of aime24, which has 30"):
-            data.load_benchmark("aime24", path.parent)
+        write(path, lines_of(changed))
+        words = f"{len(changed)} problems| of aime24, which has 30"
+        refused(words, data.load_benchmark, "aime24", path.parent)
     for i, row in enumerate(rows):
         if isinstance(row["answer"], str):
             row["answer"] = [f" {row['answer']}"]
         row |= {"id": f"my/{i}", "problem": row["problem"].replace(" ", "  ") + "\n"}
-    write(path, "\n".join(map(json.dumps, rows)))
+    write(path, lines_of(rows))
     found = data.load_benchmark("aime24", path.parent)
     assert [p["id"] for p in found] == [f"my/{i}" for i in range(30)]
-
-
-def test_benchmark_mistakes(tmp_path):
     names = "aime24, amc, amc23, math500, minerva, olympiadbench"
-    with pytest.raises(ValueError, match=f"'aime25'.*{names}"):
-        data.load_benchmark("aime25", tmp_path)
-    with pytest.raises(ValueError, match="no aime24.jsonl.*--data_dir"):
-        data.load_benchmark("aime24", tmp_path)
+    refused(f"'aime25'|{names}", data.load_benchmark, "aime25")
+    refused("no aime24.jsonl|--data_dir", data.load_benchmark, "aime24", tmp_path / "none")
+
+
+def test_benchmarks_are_downloaded_once_and_checked(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    rows = [{"problem": f"{i}+{i}?", "answer": 2.0 * i, "url": "u"} for i in range(83)]
+    for name, part in (("amc.json", rows), ("aime.json", rows[:30])):
+        hub.files[f"/{data.SOURCE}/{name}"] = json.dumps(part).encode()
+        hub.delays[name] = 0.5
+    texts = [row | {"answer": str(row["answer"])} for row in rows]
+    sources = data.SOURCES | {"amc": ("amc.json", data.content(texts))}
+    sources["amc23"] = ("amc.json", data.content(texts[43:]))
+    sources["aime24"] = ("aime.json", data.content(texts[:30]))
+    monkeypatch.setattr(data, "SOURCES", sources)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("REMIX_DATA", raising=False)
+    monkeypatch.setenv("REMIX_MIRROR", hub.url)
+    monkeypatch.setenv("NO_PROXY", "*")
+    hub.requests.clear()
+
+    with ThreadPoolExecutor(3) as pool:  # as the ranks of a run: each locks the file for itself
+        amc, amc23, aime24 = pool.map(data.load_benchmark, ("amc", "amc23", "aime24"))
+    assert amc[7] == {"id": "amc/7", "problem": "7+7?", "answer": "14.0"} and len(amc) == 83
+    # AMC'23 is the end of the set of 83
+    assert [p["answer"] for p in amc23] == [p["answer"] for p in amc[43:]] and len(aime24) == 30
+    assert amc23[0]["id"] == "amc23/0"
+    asked = sorted(path for _, path in hub.requests)
+    assert asked == [f"/{data.SOURCE}/{name}.json" for name in ("aime", "amc")]
+    for offline, server, why in (
+        (False, hub.url, "404"),
+        (True, hub.url, "HF_HUB_OFFLINE is set"),
+        (False, "http://127.0.0.1:1", "refused"),
+    ):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setenv("REMIX_MIRROR", server)
+        words = f"{why}|`python -m infra.data --benchmarks`|--data_dir"
+        refused(words, data.load_benchmark, "minerva")
+    assert data.load_benchmark("amc") == amc  # from the cache
+    sources["amc"] = ("amc.json", "0")
+    refused("not those of amc", data.load_benchmark, "amc")
+    assert not list((tmp_path / "hf").rglob("*.tmp"))
 
 
 # -- prompts --------------------------------------------------------------------------------------
@@ -378,20 +388,19 @@ def test_templates_word_for_word():
         assert data.render("1+1?", tokenizer, "plain") == f"1+1?\n{SUFFIX}\n"
         assert data.render("8+6+4=", tokenizer, "raw") == "8+6+4="
     assert set(data.STYLE_OF) == set(data.TEMPLATES)
-    problem = r"{{ 1 }} {% if x %} \frac{1}{2} {0} %s"  # no format string, no jinja
+    problem = r"{{ 1 }} {% if x %} \frac{1}{2} {0} %s {problem}"  # no format string, no jinja
     assert all(problem in data.render(problem, chat, template) for template in data.TEMPLATES)
 
 
 def test_templates_that_do_not_fit():
-    with pytest.raises(ValueError, match="--template plain"):
-        data.render("p", make_tokenizer(), "r1")
-    with pytest.raises(ValueError, match="'nope'.*r1, qwen-math, plain, raw"):
-        data.render("p", make_tokenizer(), "nope")
-    refusal = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    )
-    with pytest.raises(ValueError, match="no system.*--template plain"):
-        data.render("p", make_tokenizer(refusal + CHAT), "qwen-math")
+    no_system = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    refuses = CHAT.replace("%}<|{{", f"%}}{no_system}<|{{{{", 1)
+    for template, words, chat in (
+        ("r1", "--template plain", None),
+        ("nope", "'nope'|r1, qwen-math, plain, raw", None),
+        ("qwen-math", "no system|--template plain", refuses),
+    ):
+        refused(words, data.render, "p", make_tokenizer(chat), template)
 
 
 def test_a_template_may_be_a_file(tmp_path):
@@ -400,14 +409,10 @@ def test_a_template_may_be_a_file(tmp_path):
     filled = "{a} Q: {problem} 1+1?\nAgain: {problem} 1+1?\nA:\n"
     assert data.render("{problem} 1+1?", plain, text) == filled
     assert data.render("{problem} 1+1?", chat, str(text)) == filled
-    messages = [
-        {"role": "system", "content": "be {brief}"},
-        {"role": "user", "content": "<{problem}>"},
-    ]
-    talk = write(tmp_path / "mine.json", messages)
+    first = {"role": "system", "content": "be {brief}"}
+    talk = write(tmp_path / "mine.json", [first, {"role": "user", "content": "<{problem}>"}])
     assert data.render("1+1?", chat, talk) == "<|system|>be {brief}<|user|><1+1?><|assistant|>"
-    with pytest.raises(ValueError, match="--template plain"):
-        data.render("p", plain, talk)
+    refused("--template plain", data.render, "p", plain, talk)
     styles = [data.template_style(template) for template in (*data.TEMPLATES, talk, str(text))]
     assert styles == ["think", "boxed", "boxed", "hash", "boxed", "boxed"]
     text.unlink()
@@ -416,24 +421,24 @@ def test_a_template_may_be_a_file(tmp_path):
 
 # fmt: off
 @pytest.mark.parametrize("name, text, words", [
-    ("none.txt", None, ["none.txt", "choose one of r1, qwen-math, plain, raw", "or a file"]),
-    ("no.txt", "Question: { problem }", ["{problem}"]),
-    ("no.json", [{"role": "user", "content": "problem"}], ["{problem}"]),
-    ("empty.json", [], ["{problem}"]),
-    ("bad.json", '[{"role": "user", "content": "{problem}"]', ["malformed"]),
-    ("dict.json", {"role": "user", "content": "{problem}"}, ["list of chat messages"]),
-    ("keys.json", [{"role": "user", "text": "{problem}"}], ["list of chat messages"]),
-    ("role.json", [{"role": 1, "content": "{problem}"}], ["list of chat messages"]),
-    ("strings.json", ["{problem}"], ["list of chat messages"]),
-    ("latin.txt", b"\xf6 {problem}", ["UTF-8"]),
+    ("none.txt", None, "none.txt|choose one of r1, qwen-math, plain, raw|or a file"),
+    ("no.txt", "Question: { problem }", "{problem}"),
+    ("no.json", [{"role": "user", "content": "problem"}], "{problem}"),
+    ("empty.json", [], "{problem}"),
+    ("bad.json", '[{"role": "user", "content": "{problem}"]', "malformed"),
+    ("null.json", "null", "list of chat messages"),
+    ("dict.json", {"role": "user", "content": "{problem}"}, "list of chat messages"),
+    ("keys.json", [{"role": "user", "text": "{problem}"}], "list of chat messages"),
+    ("role.json", [{"role": 1, "content": "{problem}"}], "list of chat messages"),
+    ("list.json", [{"role": "user", "content": ["{problem}"]}], "list of chat messages"),
+    ("strings.json", ["{problem}"], "list of chat messages"),
+    ("latin.txt", b"\xf6 {problem}", "UTF-8"),
 ])
 # fmt: on
 def test_a_bad_template_file_is_one_clear_line(tmp_path, name, text, words):
     if text is not None:
         write(tmp_path / name, text)
-    with pytest.raises(ValueError) as caught:
-        data.render("p", make_tokenizer(CHAT), str(tmp_path / name))
-    one_line(caught, tmp_path / name, *words)
+    refused(words, data.render, "p", make_tokenizer(CHAT), tmp_path / name)
 
 
 @pytest.fixture
@@ -464,14 +469,15 @@ def test_special_tokens_once(encode, tmp_path):
 def test_default_template():
     chat, plain = make_tokenizer(CHAT), make_tokenizer()
     think = make_tokenizer(CHAT.replace("<|assistant|>{% endif", "<|assistant|><think>\n{% endif"))
-    assert data.default_template("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", chat) == "r1"
-    # an export of such a model: the name says nothing
-    assert data.default_template("runs/7/model", think) == "r1"
-    assert data.default_template("Qwen/Qwen2.5-Math-7B", chat) == "qwen-math"
-    # "think" would score it 0 for ever
-    assert data.default_template("Qwen/Qwen2.5-7B-Instruct", chat) == "qwen-math"
-    assert data.default_template("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", plain) == "plain"
-    assert data.default_template(Path("gpt2"), plain) == "plain"
+    for name, tokenizer, template in (
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", chat, "r1"),
+        ("runs/7/model", think, "r1"),  # an export of such a model: the name says nothing
+        ("Qwen/Qwen2.5-Math-7B", chat, "qwen-math"),
+        ("Qwen/Qwen2.5-7B-Instruct", chat, "qwen-math"),  # "think" would score it 0 for ever
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", plain, "plain"),
+        (Path("gpt2"), plain, "plain"),
+    ):
+        assert data.default_template(name, tokenizer) == template
 
 
 def test_long_prompts_are_counted_and_dropped(encode):
@@ -482,27 +488,11 @@ def test_long_prompts_are_counted_and_dropped(encode):
     assert said == ["skipped 2 of 5 prompts: above --max_prompt 10"]
     assert all("prompt_ids" not in problem for problem in problems)
     longer = [problem | {"problem": "1" * 9} for problem in problems]
-    with pytest.raises(ValueError, match="none of 5 prompts.*shortest: 9.*--max_prompt"):
-        encode(longer, make_tokenizer(), "raw", 8)
-
-
-def test_what_cannot_fit_is_not_tokenised(encode):
-    """To tokenise 10 MB takes 19 s and 4 GB."""
-    given = []
-
-    class Counting:
-        eos_token_id = 1
-
-        def __call__(self, texts, **_):
-            given.extend(texts)
-            return {"input_ids": [[1] * len(text) for text in texts]}
-
-    texts = ["a" * 20_000_000, "a", "a" * (8 * data.LONGEST_TOKEN + 1), "a" * 9, "a" * 8]
-    kept, skipped, _ = encode([{"problem": text} for text in texts], Counting(), "raw", 8)
-    assert given == ["a", "a" * 9, "a" * 8]
-    assert [len(p["problem"]) for p in kept] == [1, 8] and skipped == 3
-    with pytest.raises(ValueError, match="none of 1 prompts"):
-        encode([{"problem": texts[0]}], Counting(), "raw", 8)
+    words = "none of 5 prompts|shortest: 9|--max_prompt"
+    refused(words, encode, longer, make_tokenizer(), "raw", 8)
+    # not even tokenised: 10 MB would take 19 s and 4 GB
+    huge, words = [{"problem": "1" * 20_000_000}], "none of 1 prompts|shortest: 0"
+    refused(words, encode, huge, make_tokenizer(), "raw", 8)
 
 
 def test_tokenizers(encode, tmp_path):
@@ -512,29 +502,22 @@ def test_tokenizers(encode, tmp_path):
     problems = [{"problem": "1+1?"}]
     assert encode(problems, tokenizer, "r1") == encode(problems, make_tokenizer(CHAT), "r1")
     tokenizer.add_tokens([f"more{i}" for i in range(100)])
-    with pytest.raises(ValueError, match="model has 200"):
-        encode([{"problem": "more99"}], tokenizer, "r1")
+    refused("model has 200", encode, [{"problem": "more99"}], tokenizer, "r1")
     make_tokenizer(eos=None).save_pretrained(tmp_path / "no_eos")
     (tmp_path / "nothing").mkdir()
     write(tmp_path / "broken" / "tokenizer.json", "{")
     for name, word in (("no_eos", "eos_token"), ("nothing", "needs one of"), ("broken", "loaded")):
-        with pytest.raises(ValueError) as caught:
-            data.load_tokenizer(tmp_path / name)
-        one_line(caught, tmp_path / name, word)
+        refused(word, data.load_tokenizer, tmp_path / name)
 
 
 # -- the stream -----------------------------------------------------------------------------------
 
 
+COUNT = st.integers(0, 100)
+
+
 @settings(max_examples=50, deadline=None)
-@given(
-    size=st.integers(1, 40),
-    seed=st.integers(0, 2**63),
-    epoch=st.integers(0, 5),
-    a=st.integers(0, 100),
-    n=st.integers(0, 100),
-    m=st.integers(0, 100),
-)
+@given(st.integers(1, 40), st.integers(0, 2**63), st.integers(0, 5), COUNT, COUNT, COUNT)
 def test_stream_is_epochs_of_permutations_and_stateless(size, seed, epoch, a, n, m):
     problems = [{"id": str(i)} for i in range(size)]
     stream = data.PromptStream(problems, seed)
@@ -554,11 +537,17 @@ def test_epochs_and_seeds_differ_and_machines_agree():
     assert len(orders) == 6 and tuple(range(50)) not in orders
     first = [problem["id"] for _, problem in data.PromptStream(problems, 1).take(100, 8)]
     assert first == [12, 28, 46, 16, 48, 20, 18, 44]  # as in every run so far
-    with pytest.raises(ValueError):
-        data.PromptStream([], 0)
+    refused("at least one problem", data.PromptStream, [], 0)
 
 
-# -- a run's preparation --------------------------------------------------------------------------
+# -- models, and a run's preparation --------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(small_model, tmp_path):
+    """(a copy of small_model, its config.json)."""
+    folder = shutil.copytree(small_model, tmp_path / "copy")
+    return folder, json.loads((folder / "config.json").read_text())
 
 
 # fmt: off
@@ -573,81 +562,48 @@ def test_epochs_and_seeds_differ_and_machines_agree():
     (None, "JSONDecodeError"),
 ])
 # fmt: on
-def test_models_that_do_not_fit(small_model, tmp_path, changes, words):
-    folder = shutil.copytree(small_model, tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text())
+def test_models_that_do_not_fit(copy, changes, words):
+    folder, config = copy
     data.check_model(folder, 2)
     kept = {k: v for k, v in (config | (changes or {})).items() if v is not None}
     write(folder / "config.json", "{" if changes is None else kept)
-    with pytest.raises(ValueError) as caught:
-        data.check_model(folder, 2)
-    one_line(caught, folder, words)
+    refused(words, data.check_model, folder, 2)
 
 
-def test_weights_that_are_not_whole(small_model, tmp_path):
-    folder = shutil.copytree(small_model, tmp_path / "copy")
-    weights = (folder / "model.safetensors").read_bytes()
-    index = {"weight_map": {"x": "model.safetensors", "y": "model-2.safetensors"}}
-    for files, word in (
-        ({"model.safetensors": weights[:-1]}, "whole"),
-        ({"model.safetensors": b""}, "whole"),
-        ({"model.safetensors.index.json": index}, "no model-2.safetensors"),
-        ({"model.safetensors.index.json": {}}, "whole"),
+def test_weights_that_are_not_whole(copy, tmp_path):
+    folder, name = copy[0], "model.safetensors"
+    weights, listing = (folder / name).read_bytes(), f"{name}.index.json"
+    index = {"weight_map": {"x": name, "y": "model-2.safetensors"}}
+    for file, content, word in (
+        (name, weights[:-1], "whole"),
+        (name, b"", "whole"),
+        (listing, index, "no model-2.safetensors"),
+        (listing, {}, "whole"),
     ):
-        for name, content in files.items():
-            write(folder / name, content)
-        with pytest.raises(ValueError) as caught:
-            data.check_model(folder)
-        one_line(caught, folder, word)
-        write(folder / "model.safetensors", weights)
-    (folder / "model.safetensors.index.json").unlink()
-    (folder / "model.safetensors").unlink()
-    for path, word in ((folder, "*.safetensors"), (tmp_path / "none", "no such folder")):
-        with pytest.raises(ValueError) as caught:
-            data.check_model(path)
-        one_line(caught, path, word)
-
-
-def test_head_and_embedding_stored_twice_but_alike(small_model, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folder = shutil.copytree(small_model, tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text())
-    write(folder / "config.json", config | {"tie_word_embeddings": True})
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    save_file(weights, folder / "model.safetensors")
+        write(folder / file, content)
+        refused(word, data.check_model, folder)
+        write(folder / name, weights)
+    (folder / listing).unlink()
+    # head and embedding, stored twice but alike
+    write(folder / "config.json", copy[1] | {"tie_word_embeddings": True})
+    tensors = load_file(folder / name)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / name)
     data.check_model(folder)
+    (folder / name).unlink()
+    refused("*.safetensors", data.check_model, folder)
+    refused("No such file", data.check_model, tmp_path / "none")
 
 
-def test_prepare(small_model, tmp_path):
+def test_prepare(small_model, copy, tmp_path):
     """What the flags leave open is settled; a run is resumed on its own problems and its own kind
     of model, wherever they lie."""
     rows = [{"problem": f"{i}+1?", "answer": str(i + 1)} for i in range(9)]
     path = write(tmp_path / "set.json", rows)
-    flags = dict(
-        model=str(small_model),
-        data=str(path),
-        problem_key="problem",
-        answer_key="answer",
-        data_split="train",
-        held_out=2,
-        eval_every=1,
-        eval_data="held_out,toy",
-        data_dir=None,
-        replay=None,
-        reward=None,
-        tp=1,
-        template="auto",
-        style="auto",
-        dtype="auto",
-        rollout_dtype="auto",
-        max_prompt=100,
-        max_response=8192,
-        resume=False,
-        out=str(tmp_path),
-        given={"model"},
-    )
+    flags = dict(model=str(small_model), data=str(path), out=str(tmp_path), given={"model"})
+    flags |= dict(problem_key="problem", answer_key="answer", data_split="train", data_dir=None)
+    flags |= dict(held_out=2, eval_every=1, eval_data="held_out,toy", template="auto", style="auto")
+    flags |= dict(replay=None, reward=None, tp=1, max_prompt=100, max_response=8192, resume=False)
 
     def prepare(**changes):
         said, cfg = [], SimpleNamespace(**flags | changes)
@@ -655,29 +611,24 @@ def test_prepare(small_model, tmp_path):
 
     cfg, task, said = prepare()
     assert (cfg.template, cfg.style, cfg.max_response) == ("r1", "think", 412)
-    assert cfg.rollout_dtype == cfg.dtype in ("float32", "bfloat16")
     assert task.folder == str(small_model) and len(task.problems) == 7
     assert {name: len(part) for name, part in task.parts.items()} == {"held_out": 2, "toy": 128}
     assert all(problem["prompt_ids"] for problem in task.problems + task.parts["toy"])
     assert "up to 412" in said[0] and "7 problems, template r1, judged by think" in said[1]
     assert prepare(replay="rollouts")[1].parts == {}
-    with pytest.raises(ValueError, match="context of 512 tokens"):
-        prepare(given={"max_response"})
-    with pytest.raises(ValueError, match="nowhere.txt"):
-        prepare(template="nowhere.txt", data="missing.jsonl")  # before anything is fetched
+    refused("context of 512 tokens", prepare, given={"max_response"})
+    # before anything is fetched
+    refused("nowhere.txt", prepare, template="nowhere.txt", data="missing.jsonl")
 
     write(tmp_path / "config.json", {"fingerprint": cfg.fingerprint})
-    moved = shutil.copytree(small_model, tmp_path / "moved")
-    config = json.loads((moved / "config.json").read_text())
+    moved, config = copy
     write(moved / "config.json", config | {"transformers_version": "9"})
     again = dict(model=str(moved), data=str(write(tmp_path / "b" / "set.json", rows)), resume=True)
     assert prepare(**again)[0].fingerprint == cfg.fingerprint
     other = write(tmp_path / "other.json", [row | {"answer": "7"} for row in rows])
-    with pytest.raises(ValueError, match="other problems"):
-        prepare(**again | {"data": str(other)})
+    refused("other problems", prepare, **again | {"data": str(other)})
     write(moved / "config.json", config | {"rope_theta": 5.0})
-    with pytest.raises(ValueError, match="another kind of model"):
-        prepare(**again)
+    refused("another kind of model", prepare, **again)
 
 
 # -- the hub --------------------------------------------------------------------------------------
@@ -698,31 +649,23 @@ for function, args in json.loads(sys.argv[1]):
     print(json.dumps([result, error, said]))
 """
 MODEL, FULL = "Qwen2.5-Math-7B", "Qwen/Qwen2.5-Math-7B"
-DATA = "agentica-org/DeepScaleR-Preview-Dataset"
+DATA, OFFLINE = "agentica-org/DeepScaleR-Preview-Dataset", {"HF_HUB_OFFLINE": "1"}
 BOTH = [["model_folder", [MODEL]], ["hub_rows", [DATA]]]
 ROWS = [{"problem": f"{i}+1?", "answer": str(i + 1), "solution": "count"} for i in range(20)]
-FILES = {
-    "config.json": {"a": 1},
-    "tokenizer.json": {"b": 2},
-    "tokenizer.model": "m",
-    "merges.txt": "t",
-    "chat_template.jinja": "j",
-    "model.safetensors.index.json": {"weight_map": {"x": "1.safetensors", "y": "2.safetensors"}},
-    "1.safetensors": "one",
-    "2.safetensors": "two",
-}
+INDEX = {"weight_map": {"x": "1.safetensors", "y": "2.safetensors"}}
+FILES = {"config.json": {"a": 1}, "tokenizer.json": {"b": 2}, "model.safetensors.index.json": INDEX}
+FILES |= {"tokenizer.model": "m", "merges.txt": "t", "chat_template.jinja": "j"}
+FILES |= {"1.safetensors": "one", "2.safetensors": "two"}
 OTHERS = {"pytorch_model.bin": "pickle", "modeling.py": "code", "original/config.json": {"c": 3}}
 
 
-def start(env, *calls):
-    return subprocess.Popen(
-        [sys.executable, "-c", CALLS, json.dumps(calls)],
-        cwd=ROOT,
-        env=os.environ | env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def start(env, *args):
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, *args], cwd=ROOT, env=os.environ | env, **pipes)
+
+
+def calling(env, *calls):
+    return start(env, "-c", CALLS, json.dumps(calls))
 
 
 def finish(process):
@@ -732,17 +675,13 @@ def finish(process):
 
 
 def ask(env, *calls):
-    return finish(start(env, *calls))
+    return finish(calling(env, *calls))
 
 
-def yaml_of(**configs):
-    """A README whose header names configurations: config="split: file"."""
-    lines = []
-    for name, value in configs.items():
-        split, file = value.split(": ")
-        files = f"  data_files:\n  - split: {split}\n    path: {file}\n"
-        lines.append(f"- config_name: {name}\n{files}")
-    return "---\nconfigs:\n" + "".join(lines) + "---\n"
+def readme(*configs):
+    """A README whose header names configurations, (name, split, file) each."""
+    listed = [{"config_name": n, "data_files": [{"split": s, "path": f}]} for n, s, f in configs]
+    return f"---\n{json.dumps({'configs': listed})}\n---\n"
 
 
 @pytest.fixture(scope="module")
@@ -756,6 +695,8 @@ def served(hub, tmp_path_factory):
         hub.add(kind, name, folder, gated)
 
     x, y = {"problem": "x?", "answer": "1"}, {"problem": "y?", "answer": "2"}
+    two = readme(("x", "test", "x.jsonl"), ("y", "train", "y.jsonl"))
+    solo = readme(("main", "train", "y.jsonl"))
     add("models", FULL, FILES | OTHERS)
     add("models", "Qwen/only-bin", {"config.json": {"a": 4}, "pytorch_model.bin": "pickle"})
     add("models", "meta-llama/Llama-3.1-8B", {"config.json": {"a": 5}}, gated=True)
@@ -763,9 +704,11 @@ def served(hub, tmp_path_factory):
     add("datasets", "a/gated", {"a.json": ROWS}, gated=True)
     add("datasets", "a/broken", {"a.jsonl": '{"problem": "p"}\n{"problem": '})
     add("datasets", "a/none", {"README.md": "nothing else"})
-    configs = {"README.md": yaml_of(x="test: x.jsonl", y="train: y.jsonl")}
-    add("datasets", "a/two", configs | {"x.jsonl": x, "y.jsonl": y})
-    add("datasets", "a/solo", {"README.md": yaml_of(main="train: y.jsonl"), "y.jsonl": y})
+    add("datasets", "a/two", {"README.md": two, "x.jsonl": x, "y.jsonl": y})
+    add("datasets", "a/solo", {"README.md": solo, "y.jsonl": y})
+    rows = [{"question": f"{i}?", "final": None if i % 4 == 3 else str(i)} for i in range(10)]
+    path = table(tmp_path_factory.mktemp("rows") / "data" / "test-00000-of-00001.parquet", *rows)
+    hub.add("datasets", "a/rows-1.5", path.parent.parent)
     return hub
 
 
@@ -776,40 +719,64 @@ def home(served, tmp_path_factory):
     home = tmp_path_factory.mktemp("home") / "hf"
     served.requests.clear()
     served.delays = {"2.safetensors": 1.0, "deepscaler.json": 1.0}
-    results = [finish(process) for process in [start(served.env(home), *BOTH) for _ in range(2)]]
+    both = [calling(served.env(home), *BOTH) for _ in range(2)]
+    results = [finish(process) for process in both]
     served.delays = {}
     return home, results, served.downloads()
 
 
+LOGIN, FORM = "`hf auth login`", "OWNER/NAME or OWNER/NAME/CONFIG"
+SPLIT, ROWS15 = [["hub_rows", [DATA, "test"]]], "a/rows-1.5"
+GATED = [
+    ("model_folder", ["Llama-3.1-8B"], f"meta-llama/Llama-3.1-8B|Gated|{LOGIN}"),
+    ("hub_rows", ["a/gated"], f"dataset a/gated|Gated|{LOGIN}"),
+]
+FAILURES = [
+    ("model_folder", ["Qwen-none"], f"model Qwen/Qwen-none|Not Found|{LOGIN}"),
+    ("hub_rows", ["a/b"], f"dataset a/b|Not Found|check the name|{LOGIN}"),
+    ("model_folder", ["Qwen/a b"], "Qwen/a b|check the name"),
+    ("hub_rows", ["a/two"], "a/two|['x', 'y']"),
+    ("hub_rows", ["a/two/z"], "'z'|['x', 'y']"),
+    ("hub_rows", ["a/two/x"], "\"train\"|['test']"),
+    ("hub_rows", ["a/two/x/y"], FORM),
+    ("hub_rows", ["two"], FORM),
+    ("hub_rows", ["a/broken"], "a/broken: JSON parse error"),
+    ("hub_rows", ["a/none"], "a/none|any data files"),
+    *GATED,
+]
+# of these the last has a hub to say that there is none
+CONFIGURATIONS = (["a/two/x", "test"], ["a/solo"], ["a/two/y"], ["a/two", "test"], ["a/b"])
+PROBLEMS = [DATA], [ROWS15, "question", "final", "test"], [ROWS15, "problem", "answer", "test"]
+
+
 @pytest.fixture(scope="module")
-def closed():
-    """The address of a hub that refuses connections."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"  # bound, but not listening
+def later(served, home):
+    """What a process with that HF_HOME gets, part by part; what it asked the hub for."""
+    parts = dict(both=BOTH, split=SPLIT, failures=[case[:2] for case in FAILURES])
+    parts["configurations"] = [["hub_rows", name] for name in CONFIGURATIONS]
+    parts["problems"] = [["load_problems", args] for args in PROBLEMS]
+    parts["bin"] = [["model_folder", ["Qwen/only-bin"]]]
+    served.requests.clear()
+    told = iter(ask(served.env(home[0]), *sum(parts.values(), [])))
+    return {name: [next(told) for _ in part] for name, part in parts.items()}, served.requests[:]
 
 
 def test_names_of_models(tmp_path, monkeypatch):
-    for name, owner in (
-        ("Qwen2.5-Math-7B", "Qwen"),
-        ("Llama-3.1-8B", "meta-llama"),
-        ("DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-ai"),
-        ("Meta-Llama-3-8B", "meta-llama"),
-    ):
-        assert data.full_name(name) == f"{owner}/{name}"
-    assert data.full_name("me/Qwen2.5-Math-7B") == "me/Qwen2.5-Math-7B"
+    monkeypatch.setattr(data, "_snapshot", lambda kind, name, **_: f"{kind} {name}")
     monkeypatch.chdir(tmp_path)
+    owners = {"Qwen2.5-Math-7B": "Qwen", "DeepSeek-R1-Distill-Qwen-1.5B": "deepseek-ai"}
+    owners |= {"Llama-3.1-8B": "meta-llama", "Meta-Llama-3-8B": "meta-llama"}
+    for name, owner in owners.items():
+        assert data.model_folder(name) == f"model {owner}/{name}"
+    assert data.model_folder("me/Qwen2.5-Math-7B") == "model me/Qwen2.5-Math-7B"
     for folder in (MODEL, "./Qwen2.5-Math-7B", "Qwen/Qwen3-8B", str(tmp_path)):  # a folder wins
         Path(folder).mkdir(parents=True, exist_ok=True)
         assert data.model_folder(folder) == folder
     write(tmp_path / "Qwen.gguf", "a file")
-    paths = ("./Qwen3-8B", "../Qwen3-8B", "/Qwen3-8B", "~/Qwen3-8B", "a/b/c", "Qwen.gguf")
-    for path in paths:
-        with pytest.raises(ValueError, match=f"^{path}: no such folder$"):
-            data.model_folder(path)
+    for path in "./Qwen3-8B ../Qwen3-8B /Qwen3-8B ~/Qwen3-8B a/b/c Qwen.gguf".split():
+        refused(f"{path}: no such folder", data.model_folder, path)
     for name in ("model", "gpt2", "qwen"):
-        with pytest.raises(ValueError, match=f"no folder '{name}'.*give OWNER/NAME or a folder"):
-            data.model_folder(name)
+        refused(f"no folder '{name}'|give OWNER/NAME", data.model_folder, name)
 
 
 def test_processes_at_the_same_time_fetch_every_file_once(home):
@@ -823,108 +790,70 @@ def test_processes_at_the_same_time_fetch_every_file_once(home):
     assert Path(folder, "2.safetensors").read_text() == "two"
 
 
-def test_what_was_fetched_needs_no_hub(served, home):
-    folder, results, _ = home
-    served.requests.clear()
-    *got, (_, unknown, _) = ask(served.env(folder), *BOTH, ["hub_rows", [DATA, "test"]])
-    assert got == results[0] and not served.requests
-    assert "['train']" in unknown and "\n" not in unknown
+def test_what_was_fetched_needs_no_hub(home, later):
+    got, requests = later
+    assert got["both"] == home[1][0]
+    assert not [path for _, path in requests if MODEL in path or DATA in path]
+    one_line(got["split"][0][1], "['train']")
 
 
 def test_a_killed_download_is_noticed_and_completed(served, tmp_path):
     served.delays = {"2.safetensors": 5}
-    process, offline = start(served.env(tmp_path), BOTH[0]), {"HF_HUB_OFFLINE": "1"}
+    process = calling(served.env(tmp_path), BOTH[0])
     while len(list(tmp_path.rglob("snapshots/*/*"))) < len(FILES) - 1:
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.communicate()
     served.delays = {}
-
-    error = ask(served.env(tmp_path) | offline, BOTH[0])[0][1]
-    assert "2.safetensors" in error and "python -m infra.data --model" in error
-    assert "\n" not in error
+    error = ask(served.env(tmp_path) | OFFLINE, BOTH[0])[0][1]
+    one_line(error, "2.safetensors|python -m infra.data --model")
     # older versions of the library left no listing of what there should be
     for path in tmp_path.rglob("trees/*"):
         path.unlink()
     served.requests.clear()
-    folder = ask(served.env(tmp_path), BOTH[0])[0][0]
+    env = served.env(tmp_path) | {"HF_TOKEN": "hf_without_access"}  # 403, not 401
+    (folder, *_), *gated = ask(env, BOTH[0], *(case[:2] for case in GATED))
     assert Path(folder, "2.safetensors").read_text() == "two"
     assert [Path(path).name for path in served.downloads()] == ["2.safetensors"]
+    for (*_, words), (_, error, _) in zip(GATED, gated, strict=True):
+        one_line(error, words)
 
 
-def check(env, cases):
-    """Every (function, args, words): one line that holds the words."""
-    told = ask(env, *(case[:2] for case in cases), ["model_folder", ["Qwen/only-bin"]])
-    (folder, *_) = told.pop()
-    for (_, args, words), (result, error, _) in zip(cases, told, strict=True):
-        assert result is None and error, args
-        assert "\n" not in error and len(error) < 900
-        assert all(word in error for word in words), error
-    return folder
+def test_failures_are_one_line(later):
+    got, requests = later
+    for (*_, words), (result, error, _) in zip(FAILURES, got["failures"], strict=True):
+        assert result is None
+        one_line(error, words)
+    assert data._missing(got["bin"][0][0]) == ["*.safetensors"]
+    assert not [path for _, path in requests if path.endswith(".bin")]
 
 
-def test_failures_are_one_line(served, tmp_path):
-    login = "`hf auth login`"
-    cases = [
-        ("model_folder", ["Qwen-none"], ["model Qwen/Qwen-none", "Not Found", login]),
-        ("hub_rows", ["a/b"], ["dataset a/b", "Not Found", "check the name", login]),
-        ("model_folder", ["Llama-3.1-8B"], ["meta-llama/Llama-3.1-8B", "Gated", login]),
-        ("hub_rows", ["a/gated"], ["dataset a/gated", "Gated", login]),
-        ("model_folder", ["Qwen/a b"], ["Qwen/a b", "check the name"]),
-        ("hub_rows", ["a/two"], ["a/two", "['x', 'y']"]),
-        ("hub_rows", ["a/two/z"], ["'z'", "['x', 'y']"]),
-        ("hub_rows", ["a/two/x"], ['"train"', "['test']"]),
-        ("hub_rows", ["a/two/x/y"], ["OWNER/NAME or OWNER/NAME/CONFIG"]),
-        ("hub_rows", ["two"], ["OWNER/NAME or OWNER/NAME/CONFIG"]),
-        ("hub_rows", ["a/broken"], ["a/broken: JSON parse error"]),
-        ("hub_rows", ["a/none"], ["a/none", "any data files"]),
-    ]
-    folder = check(served.env(tmp_path), cases)
-    token = {"HF_TOKEN": "hf_without_access"}  # 403, not 401
-    check(served.env(tmp_path) | token, cases[2:4])
-    assert data._missing(folder) == ["*.safetensors"]
-    assert not [path for path in served.downloads() if path.endswith(".bin")]
+@pytest.mark.parametrize("reason", ["ConnectError", "Timeout"])
+def test_an_unreachable_hub_is_told_at_once(served, tmp_path, reason):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        if reason == "Timeout":
+            taken.listen()  # takes connections and says nothing
+        env = served.env(tmp_path / "hf", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        told = ask(env, BOTH[0], ["hub_rows", ["a/two/x"]])
+    for (_, error, _), command in zip(told, (f"--model {FULL}", "--data a/two"), strict=True):
+        one_line(error, f"`python -m infra.data {command}`|HF_HOME|{reason}")
 
 
-@pytest.mark.parametrize("how", ["refused", "mute"])
-def test_an_unreachable_hub_is_told_at_once(served, closed, tmp_path, how):
-    with socket.socket() as mute:
-        mute.bind(("127.0.0.1", 0))
-        mute.listen()  # takes connections and says nothing
-        urls = {"refused": closed, "mute": f"http://127.0.0.1:{mute.getsockname()[1]}"}
-        env = served.env(tmp_path / "hf", urls[how])
-        told = ask(env, ["model_folder", [MODEL]], ["hub_rows", ["a/two/x"]])
-    reason = {"refused": "ConnectError", "mute": "Timeout"}[how]
-    for (_, error, _), command in zip(told, (f"--model {FULL}", "--data a/two")):
-        for word in (f"`python -m infra.data {command}`", "HF_HOME", reason):
-            assert word in error and "\n" not in error
-
-
-def test_configurations(served, tmp_path):
+def test_configurations(served, home, later):
     """A configuration that was used never stands in for another, nor for the hub's choice."""
-    names = (["a/two/x", "test"], ["a/solo"], ["a/two/y"], ["a/two", "test"], ["a/b"])
-    calls = [["hub_rows", name] for name in names]
-    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
-        *found, (_, error, _), (_, none, _) = ask(served.env(tmp_path) | more, *calls)
+    calls = [["hub_rows", name] for name in CONFIGURATIONS]
+    offline = ask(served.env(home[0]) | OFFLINE, *calls)
+    for told in (later[0]["configurations"], offline):
+        *found, (_, error, _), (_, none, _) = told
         assert [rows[0]["problem"] for rows, *_ in found] == ["x?", "y?", "y?"]
-        assert "['x', 'y']" in error
-    assert "HF_HUB_OFFLINE" in none and "python -m infra.data --data a/b" in none
+        one_line(error, "['x', 'y']")
+    one_line(none, "HF_HUB_OFFLINE|python -m infra.data --data a/b")
 
 
-def test_problems_from_the_hub(served, home, tmp_path):
-    from pyarrow import Table, parquet
-
-    rows = [{"question": f"{i}?", "final": None if i % 4 == 3 else str(i)} for i in range(10)]
-    path = write(tmp_path / "set" / "data" / "test-00000-of-00001.parquet", "")
-    parquet.write_table(Table.from_pylist(rows), path)
-    served.add("datasets", "a/rows-1.5", tmp_path / "set")
-    calls = (
-        [DATA],
-        ["a/rows-1.5", "question", "final", "test"],
-        ["a/rows-1.5", "problem", "answer", "test"],
-    )
-    good, named, unnamed = ask(served.env(home[0]), *(["load_problems", args] for args in calls))
+def test_problems_from_the_hub(later):
+    good, named, unnamed = later[0]["problems"]
     expected = []
     for i, row in enumerate(ROWS):
         expected.append({"id": f"{DATA}/{i}", "problem": row["problem"], "answer": row["answer"]})
@@ -932,84 +861,19 @@ def test_problems_from_the_hub(served, home, tmp_path):
     assert [p["id"] for p in named[0]] == [f"a/rows-1.5/{i}" for i in (0, 1, 2, 4, 5, 6, 8, 9)]
     start = "skipped 2 of 10 rows of a/rows-1.5 (first: row 3: 'final' must be"
     assert named[1] is None and len(named[2]) == 1 and named[2][0].startswith(start)
-    assert "['question', 'final']" in unnamed[1] and "--problem_key, --answer_key" in unnamed[1]
+    one_line(unnamed[1], "['question', 'final']|--problem_key|--answer_key")
 
 
-@pytest.fixture
-def mirror(tmp_path):
-    """(address of a server with the authors' files, its folder, the paths asked for)."""
-    asked, folder = [], tmp_path / "mirror"
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=folder)
-
-        def log_request(self, *_):
-            asked.append(self.path)
-            time.sleep(0.5)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", folder, asked
-    server.shutdown()
-    server.server_close()
-
-
-def test_benchmarks_are_downloaded_once_and_checked(mirror, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    address, folder, asked = mirror
-    rows = [{"problem": f"{i}+{i}?", "answer": 2.0 * i, "url": "u"} for i in range(83)]
-    write(folder / data.SOURCE / "amc.json", rows)
-    write(folder / data.SOURCE / "aime.json", rows[:30])
-    texts = [row | {"answer": str(row["answer"])} for row in rows]
-    sources = data.SOURCES | {"amc": ("amc.json", data.content(texts))}
-    sources["amc23"] = ("amc.json", data.content(texts[43:]))
-    sources["aime24"] = ("aime.json", data.content(texts[:30]))
-    monkeypatch.setattr(data, "SOURCES", sources)
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("REMIX_DATA", raising=False)
-    monkeypatch.setenv("REMIX_MIRROR", address)
-    monkeypatch.setenv("NO_PROXY", "*")
-
-    with ThreadPoolExecutor(3) as pool:  # as the ranks of a run: each locks the file for itself
-        amc, amc23, aime24 = pool.map(data.load_benchmark, ("amc", "amc23", "aime24"))
-    assert amc[7] == {"id": "amc/7", "problem": "7+7?", "answer": "14.0"} and len(amc) == 83
-    # AMC'23 is the end of the set of 83
-    assert [p["answer"] for p in amc23] == [p["answer"] for p in amc[43:]] and len(aime24) == 30
-    assert amc23[0]["id"] == "amc23/0"
-    assert sorted(asked) == [f"/{data.SOURCE}/{name}.json" for name in ("aime", "amc")]
-    for offline, server, why in (
-        (False, address, "404"),
-        (True, address, "HF_HUB_OFFLINE is set"),
-        (False, "http://127.0.0.1:1", "refused"),
-    ):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        monkeypatch.setenv("REMIX_MIRROR", server)
-        with pytest.raises(ValueError) as caught:
-            data.load_benchmark("minerva")
-        one_line(caught, why, "`python -m infra.data --benchmarks`", "--data_dir")
-    assert data.load_benchmark("amc") == amc  # from the cache
-    sources["amc"] = ("amc.json", "0")
-    with pytest.raises(ValueError, match="not those of amc"):
-        data.load_benchmark("amc")
-    assert not list((tmp_path / "hf").rglob("*.tmp"))
-
-
-def test_command_line(served, home, capsys):
-    folder, results, _ = home
-
-    command = [sys.executable, "-m", "infra.data", "--model", MODEL, "--data", DATA]
-    env = os.environ | served.env(folder)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    columns = "columns problem, answer, solution"
-    first = f"{MODEL}: {results[0][0][0]}\n"
-    assert done.stdout == f"{first}{DATA}: 20 rows in split train, {columns}\n"
+def test_command_line(served, home, tmp_path, capsys):
+    command = ("-m", "infra.data", "--model", MODEL, "--data", DATA)
+    fetched = start(served.env(home[0]), *command)
+    refused_here = start(served.env(tmp_path) | OFFLINE, *command[:4])
+    columns = "20 rows in split train, columns problem, answer, solution"
+    expected = f"{MODEL}: {home[1][0][0][0]}\n{DATA}: {columns}\n"
+    assert fetched.communicate() == (expected, "") and fetched.returncode == 0
+    out, err = refused_here.communicate()
+    assert (refused_here.returncode, out, err.count("\n")) == (2, "", 1)
+    one_line(err[:-1], f"error: model {FULL}|HF_HUB_OFFLINE|HF_HOME")
     for args, word in (
         ([], "--model NAME, --data NAME or --benchmarks"),
         (["--modle", "x"], "--modle"),

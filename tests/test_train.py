@@ -356,7 +356,7 @@ def own_run(guesser, easy_problems, benchmark, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     (folder / "mine.py").write_text(MINE)
     # so that the guesser knows what to do
-    text = data.TEMPLATES["r1"]("My way. {problem}")[0]["content"]
+    text = "My way. " + data.TEMPLATES["r1"][0]["content"]
     (folder / "chat.json").write_text(json.dumps([{"role": "user", "content": text}]))
     flags = (
         "--algo ppo --steps 3 --prompts 12 --minibatch 6 --max_prompt 200 --max_response 24 "
