@@ -1,7 +1,6 @@
 """methods.py and the verbs of the loop against what is written out by hand: the schedule, a row's
 functions by the names of their arguments, the loss and its gradient, who is asked for what."""
 
-import contextlib
 import inspect
 import json
 import math
@@ -29,12 +28,12 @@ from hypothesis import strategies as st
 import methods
 import train
 from advantage import group_advantages
-from buffer import Batch, RingBuffer, Sample
+from buffer import Batch, RingBuffer
 from infra import checkpoint, guards, metrics
 from infra.config import ConfigError, flag
 from infra.metrics import Meter
 from loss import value_loss
-from methods import NUMBERS, ROWS, ByName, Method, dry_run, total_rollouts
+from methods import NUMBERS, ROWS, Method, dry_run, total_rollouts
 
 SIX = ("ppo", "grpo", "mix-ppo", "mix-grpo", "remix-ppo", "remix-grpo")
 
@@ -146,19 +145,6 @@ def test_references_that_are_due():
 # ---- rows, and arguments by name
 
 
-def test_by_name():
-    def made_up(logp, target, width=0.5, *, mode="fine"):
-        return logp, target, width, mode
-
-    one = ByName(made_up, target="value_target", width="made_up_width")
-    assert one({"logp": 1}, {"value_target": 2, "width": 9, "target": 9}) == (1, 2, 0.5, "fine")
-    assert one({"logp": 1, "value_target": None, "made_up_width": None}) == (1, None, 0.5, "fine")
-    assert one({"logp": 1}, {"logp": 7, "value_target": 2, "made_up_width": 3})[::2] == (1, 3)
-    assert one.defaults() == {"made_up_width": 0.5, "mode": "fine"}
-    with pytest.raises(KeyError, match="value_target"):
-        one({"logp": 1})
-
-
 # fmt: off
 TABLE = [  # algo, advantage, p, UTD, T, least λ
     ("ppo", "gae", 0, 1, 0, 1), ("grpo", "group", 0, 1, 0, 1),
@@ -181,21 +167,21 @@ def test_rows(algo, advantage, p, utd, reincarnate, floor):
     assert any("prev" in one.plan(t).references for t in range(1, 200)) == (floor < 1)
 
 
-@pytest.mark.parametrize(
-    "flags, rows",
-    [
-        ("--algo grpo --gae_lambda 0.9", "ppo, mix-ppo, remix-ppo"),
-        ("--algo grpo --critic_lr 1e-5", "ppo, mix-ppo, remix-ppo"),
-        ("--algo ppo --no-normalize_std", "grpo, mix-grpo, remix-grpo"),
-        ("--algo remix-ppo --correct_high 3", "decoupled"),
-        ("--algo decoupled --lambda_start 3", "remix-ppo"),
-        ("--algo ppo --window 3", "mix-ppo"),
-        ("--algo mix-ppo --utd_after 3", "remix-ppo, remix-grpo"),
-        ("--algo remix-ppo --c_bar 0.5", "none"),
-    ],
-)
+UNREAD = [
+    ("--algo grpo --gae_lambda 0.9", "ppo, mix-ppo, remix-ppo"),
+    ("--algo grpo --critic_lr 1e-5", "ppo, mix-ppo, remix-ppo"),
+    ("--algo ppo --no-normalize_std", "grpo, mix-grpo, remix-grpo"),
+    ("--algo decoupled --lambda_start 3", "remix-ppo"),
+    ("--algo ppo --window 3", "mix-ppo"),
+    ("--algo mix-ppo --utd_after 3", "remix-ppo, remix-grpo"),
+    ("--algo remix-ppo --c_bar 0.5", "none"),
+    ("--algo decoupled --mismatch none --mismatch_high 3", "none"),
+]
+
+
+@pytest.mark.parametrize("flags, rows", UNREAD)
 def test_a_typed_number_that_is_not_read_names_the_rows_that_read_it(flags, rows):
-    name = flags.split()[2].removeprefix("--no-")
+    name = flags.rpartition("--")[2].removeprefix("no-").split()[0]
     with pytest.raises(ConfigError, match=f"{name} is not read by this run") as error:
         settings(flags)
     assert rows in str(error.value) and "\n" not in str(error.value)
@@ -230,19 +216,13 @@ def test_every_keyword_is_declared():
     assert {"mismatch_low", "mismatch_high"} <= NUMBERS.keys()
 
 
-def test_config_keeps_the_functions_own_defaults():
-    cfg = settings("--model m --clip_high 0.3 --history_advantage vtrace")
-    assert (cfg.clip_low, cfg.clip_high, cfg.value_clip, cfg.c_bar) == (0.2, 0.3, 0.5, 1.0)
-    assert settings("--algo grpo").gae_lambda is None  # nothing reads it
-
-
 # ---- credit
 
 
-def groups_of(rewards, version=5, first=0):
+def groups_of(rewards, version=5):
     """A group of samples of one and of two tokens for each list of rewards."""
     return [
-        [sample(version, [10, 11][: 1 + i % 2], reward, first + g) for i, reward in enumerate(each)]
+        [sample(version, [10, 11][: 1 + i % 2], reward, g) for i, reward in enumerate(each)]
         for g, each in enumerate(rewards)
     ]
 
@@ -256,16 +236,15 @@ def test_group_advantages_of_history_are_what_they_were():
     one = method("--algo grpo --group_size 4")
     one.credit(batch)
     first = [s[0].item() for s in batch["advantages"]]
-    std = [0.5, math.sqrt(1 / 3), 0.5]
-    expected = [0.75 / std[0], *[-0.25 / std[0]] * 3, *[0.5 / std[1]] * 2, *[-0.5 / std[1]] * 2]
-    expected += [*[0.25 / std[2]] * 3, -0.75 / std[2], 0, 0, 0, 0]
-    assert first == pytest.approx(expected, rel=1e-5)
-    assert all((a == a[0]).all() for a in batch["advantages"])
-    assert [len(a) for a in batch["advantages"]] == [len(s.response) for s in batch.samples]
-    for group in history:  # to the bit what the step that wrote them had
+    a, b = math.sqrt(3 / 4), 1.5  # in spreads: 0.5/sqrt(1/3) and 0.75/0.5
+    assert first == pytest.approx(
+        [b, *[-b / 3] * 3, a, a, -a, -a, *[b / 3] * 3, -b, *[0] * 4], 1e-5
+    )
+    assert all((row == row[0]).all() for row in batch["advantages"])
+    assert [len(row) for row in batch["advantages"]] == [len(s.response) for s in batch.samples]
+    for number, group in enumerate(history, 2):  # to the bit what the step that wrote them had
         alone = group_advantages(torch.tensor([s.reward for s in group]), torch.zeros(4).long())
-        rows = [i for i, s in enumerate(batch.samples) if any(s is other for other in group)]
-        assert [first[i] for i in rows] == alone.tolist()
+        assert [first[i] for i in batch.groups[number]] == alone.tolist()
     assert "returns" not in batch
 
 
@@ -280,18 +259,18 @@ def whitened(numbers):
     return [(x - centre) / spread for x in numbers]
 
 
-@pytest.mark.parametrize(
-    "flags, raw, returns",
-    [
-        # γ = λ = 1: A = R − V
-        ("", [0.8, 0.5, -0.4], [1, 1, 0]),
-        # δ = (0 + 0.5·0.5 − 0.2, 1 − 0.5, −0.4), A_0 = 0.05 + 0.4·0.5
-        ("--gamma 0.5 --gae_lambda 0.8", [0.25, 0.5, -0.4], [0.45, 1, 0]),
-        # where π_k would go half as often, what follows counts half
-        ("--history_advantage vtrace", [0.55, 0.5, -0.4], [0.75, 0.75, 0]),
-        ("--history_advantage vtrace --c_bar 0.25", [0.425, 0.5, -0.4], [0.30625, 0.625, 0.3]),
-    ],
-)
+CREDIT = [  # flags, advantages, returns
+    # γ = λ = 1: A = R − V
+    ("", [0.8, 0.5, -0.4], [1, 1, 0]),
+    # δ = (0 + 0.5·0.5 − 0.2, 1 − 0.5, −0.4), A_0 = 0.05 + 0.4·0.5
+    ("--gamma 0.5 --gae_lambda 0.8", [0.25, 0.5, -0.4], [0.45, 1, 0]),
+    # where π_k would go half as often, what follows counts half
+    ("--history_advantage vtrace", [0.55, 0.5, -0.4], [0.75, 0.75, 0]),
+    ("--history_advantage vtrace --c_bar 0.25", [0.425, 0.5, -0.4], [0.30625, 0.625, 0.3]),
+]
+
+
+@pytest.mark.parametrize("flags, raw, returns", CREDIT)
 def test_advantages_under_a_critic(flags, raw, returns):
     """Whitened over all tokens of the mixture, fresh and history together; the targets are not."""
     written = torch.tensor([-1.0, -1.0 + math.log(2)])
@@ -303,94 +282,6 @@ def test_advantages_under_a_critic(flags, raw, returns):
     found = torch.cat(batch["advantages"]).tolist()
     assert found == pytest.approx(whitened(raw), rel=1e-4)
     assert torch.cat(batch["returns"]).tolist() == pytest.approx(returns, abs=1e-6)
-
-
-# ---- look back: nothing that is known is computed again
-
-
-class Asked:
-    """A policy that answers with a number for itself and for each snapshot, and remembers what it
-    was asked about."""
-
-    NUMBER = {"live": -1.0, "base": -2.0, "prev": -3.0, "writer": -4.0}
-
-    def __init__(self):
-        self.now, self.asked = "live", []
-
-    def predict(self, samples, progress=iter):
-        self.asked.append(" ".join([self.now, *(str(s.prompt_index) for s in samples)]))
-        return [torch.full((len(s.response),), self.NUMBER[self.now]) for s in samples]
-
-    @contextlib.contextmanager
-    def swapped(self, snapshot):
-        assert self.now == "live"
-        self.now = snapshot
-        yield
-        self.now = "live"
-
-
-NAMES = ("logp_old", "logp_behavior", "logp_base", "logp_prev")
-
-
-def look(version, ages, flags="", writer=None):
-    """Samples of these ages (fresh first) through look_back, prompt_index naming them ->
-    (what the policy was asked, [of each sample its NAMES as numbers], the samples)."""
-    samples = []
-    for i, age in enumerate(ages):
-        known = dict(logp_behavior=None, logp_base=None)
-        if age:
-            known = dict(logp_behavior=torch.full((i + 1,), -5.0 - age))
-            known["logp_base"] = torch.full((i + 1,), -7.0) if "--beta 0" not in flags else None
-        samples.append(sample(version - age, [10] * (i + 1), 0.0, i, **known))
-    fresh = [s for s, age in zip(samples, ages) if not age]
-    batch = Batch([fresh], [[s] for s in samples[len(fresh) :]])
-    policy = Asked()
-    behaviour = SimpleNamespace(writer=lambda p: p.swapped(writer) if writer else None)
-    p = method(f"--algo remix-ppo {flags}", lambda_start=0).plan(version + 1)
-    train.look_back(batch, {"policy": policy}, {"base": "base", "prev": "prev"}, behaviour, p)
-    found = []
-    for i, one in enumerate(batch.samples):
-        columns = [batch[name][i] if batch.has(name) else None for name in NAMES]
-        assert {len(column) for column in columns if column is not None} == {len(one.response)}
-        found.append([None if column is None else column[0].item() for column in columns])
-    return ", ".join(policy.asked), found, batch.samples
-
-
-FLOOR = "--lambda_floor 1"
-# fmt: off
-LOOKS = [  # version, ages, flags, whose log-probs are asked for of which samples, samples' NAMES
-    # what the base said stays with history; a precedent that wrote has said it; the rest is asked
-    (5, (0, 0, 1, 2), "", "live 0 1 2 3, base 0 1, prev 0 1 3",
-     [[-1, -1, -2, -3], [-1, -1, -2, -3], [-1, -6, -7, -6], [-1, -7, -7, -3]]),
-    # no pass for a precedent without weight, nor for one that is the policy itself
-    (5, (0, 1), FLOOR, "live 0 1, base 0", [[-1, -1, -2, None], [-1, -6, -7, None]]),
-    (5, (0, 1), "--anchor old", "live 0 1, base 0", [[-1, -1, -2, -1], [-1, -6, -7, -1]]),
-    # the first policy is base and precedent; the policy is the base at reincarnation
-    (0, (0, 0), "", "live 0 1", [[-1] * 4] * 2),
-    (2, (0,), FLOOR + " --reincarnate 3", "live 0, base 0", [[-1, -1, -2, None]]),
-    (3, (0,), FLOOR + " --reincarnate 3", "live 0", [[-1, -1, -1, None]]),
-    (4, (0,), FLOOR + " --reincarnate 3", "live 0, base 0", [[-1, -1, -2, None]]),
-    # no KL
-    (5, (0, 1), "--beta 0", "live 0 1", [[-1, -1, None, None], [-1, -6, None, None]]),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize("version, ages, flags, passes, numbers", LOOKS)
-def test_what_is_known_is_not_computed_again(version, ages, flags, passes, numbers):
-    asked, found, samples = look(version, ages, flags)
-    assert (asked, found) == (passes, numbers)
-    # the base's stay with a sample, what is of this step alone cannot
-    for one, row in zip(samples, numbers):
-        assert row[2] is None or one.logp_base[0].item() == row[2]
-        assert not hasattr(one, "logp_prev") and not hasattr(one, "logp_old")
-
-
-def test_another_writer_says_what_it_thought_of_its_own():
-    """The fresh samples alone, as the behaviour's context says; logp_old stays π_k's."""
-    asked, found, _ = look(5, (0, 0, 1), FLOOR, writer="writer")
-    assert asked == "live 0 1 2, writer 0 1, base 0 1"
-    assert [row[:2] for row in found] == [[-1, -4], [-1, -4], [-1, -6]]
 
 
 # ---- minibatches
@@ -494,30 +385,29 @@ def test_gradient_of_the_critic(clip, flat, rows):
 
 class Scripted:
     """A behaviour without an engine: π_k's table answers with words of the seed and step, a reward
-    by chance; it keeps the table of each version."""
+    by chance; it keeps the table of each version. other: the snapshot that counts as the writer."""
 
-    gap_bound = 1e-3
+    gap_bound = math.inf
 
-    def __init__(self, cfg):
-        self.cfg, self.tables = cfg, {}
+    def __init__(self, cfg, other):
+        self.cfg, self.tables, self.other = cfg, {}, other
 
     def rollouts(self, policy, step, asked):
         table = policy.module.tables["logp"].detach().clone()
         self.tables[step - 1] = table
         rng, groups = torch.Generator().manual_seed(step), []
         for index, _ in asked:
-            n = torch.randint(1, 5, (self.cfg.group_size,), generator=rng).tolist()
             group = []
-            for i, length in enumerate(n):
-                tokens = torch.randint(10, 18, (length,), generator=rng)
-                known = dict(reward=float((index + i) % 2), truncated=False, answer="7")
-                known |= dict(version=step - 1, prompt_index=index, logp_sampler=table[tokens])
-                group.append(Sample(prompt=torch.tensor([3, 3]), response=tokens, **known))
+            for i in range(self.cfg.group_size):
+                length = torch.randint(1, 5, (), generator=rng).item()
+                tokens = torch.randint(10, 18, (length,), generator=rng).tolist()
+                known = dict(logp_sampler=table[tokens], logp_behavior=None, logp_base=None)
+                group.append(sample(step - 1, tokens, float((index + i) % 2), index, **known))
             groups.append(group)
         return groups
 
     def writer(self, policy):
-        return None
+        return policy.swapped(self.other) if self.other else None
 
     def evaluate(self, policy, version, ask):
         return None
@@ -526,13 +416,15 @@ class Scripted:
 class Loop:
     """train() on tables, with what it did: the batches after step 5, plans, learners."""
 
-    def __init__(self, monkeypatch, folder, flags):
+    def __init__(self, monkeypatch, folder, flags, other):
         cfg = settings(f"--eval_every 0 --save_every 0 --prompts 5 --minibatch 3 {flags}")
-        usual = dict(steps=6, lr=1e-2, critic_lr=3e-2, lambda_start=1, lambda_every=1)
-        usual |= dict(reincarnate=4)
+        usual = dict(
+            steps=6, lr=1e-2, critic_lr=3e-2, lambda_start=1, lambda_every=1, reincarnate=4
+        )
         vars(cfg).update({name: value for name, value in usual.items() if name not in cfg.given})
         cfg.out, cfg.fingerprint = str(folder), "0"
-        self.behaviour, self.looks, self.rates, self.states = Scripted(cfg), [], {}, []
+        self.behaviour, self.looks, self.passes = Scripted(cfg, other), [], []
+        self.rates, self.states = {}, []
         for module in (metrics, guards, checkpoint):
             monkeypatch.setattr(module, "gather", lambda value: [value])
         for name in ("save", "export"):
@@ -547,6 +439,7 @@ class Loop:
         look_back, draw = train.look_back, RingBuffer.sample
 
         def looked(batch, of, snapshots, behaviour, p):
+            self.passes.append([])
             look_back(batch, of, snapshots, behaviour, p)
             self.looks.append((p, batch))
 
@@ -563,7 +456,7 @@ class Loop:
         self.lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
     def learner(self, module, lr, cfg, ranks):
-        made, step = Plain(module, lr, cfg, ranks), Plain.step
+        made, step, predict = Plain(module, lr, cfg, ranks), Plain.step, Plain.predict
         rates = self.rates.setdefault(module.predicts, [])
 
         def stepped(scale):
@@ -571,7 +464,12 @@ class Loop:
             rates.append(made.optimizer.param_groups[0]["lr"])
             return norm
 
-        made.step = stepped
+        def predicted(samples):
+            if module.predicts == "logp":
+                self.passes[-1].append(len(samples))
+            return predict(made, samples)
+
+        made.step, made.predict = stepped, predicted
         return made
 
 
@@ -579,32 +477,50 @@ class Loop:
 def loop(monkeypatch, tmp_path):
     number = iter(range(99))
 
-    def run(flags=""):
+    def run(flags="", other=None):
         with monkeypatch.context() as patch:
-            return Loop(patch, tmp_path / f"run{next(number)}", flags)
+            return Loop(patch, tmp_path / f"run{next(number)}", flags, other)
 
     return run
 
 
-def test_every_log_prob_of_a_run_is_of_the_policy_that_it_is_named_after(loop):
-    """With λ < 1 and a reincarnation in the run, history is looked at anew in every step."""
-    one = loop("--algo remix-ppo --beta 0.01")
-    tables, seen = one.behaviour.tables, 0
+@pytest.mark.parametrize("flags", ("--beta 0.01", "--lambda_floor 1", "--anchor old", "--beta 0"))
+def test_every_log_prob_of_a_run_is_of_the_policy_that_it_is_named_after(loop, flags):
+    """With λ < 1 and a reincarnation in the run, history is looked at anew in every step; and no
+    policy is asked what is known: what the base said of history, what a writer said of its own."""
+    one, seen = loop(f"--algo remix-ppo {flags}"), 0
+    tables = one.behaviour.tables
     assert sorted(tables) == [0, 1, 2, 3, 4, 5]
     assert all(not torch.equal(tables[v], tables[v + 1]) for v in range(5))
-    for p, batch in one.looks:
-        k = p.step - 1
-        versions = {"logp_old": k, "logp_base": 0 if p.step <= 4 else 4, "logp_prev": max(k - 1, 0)}
-        assert ("logp_prev" in batch) == (p.lam < 1) == (p.step > 1)
+    for (p, batch), passes in zip(one.looks, one.passes):
+        k, expected = p.step - 1, [len(batch.samples)]
+        of = {"base": 0 if p.step <= 4 else 4, "prev": k if "old" in flags else max(k - 1, 0)}
+        due = [] if flags == "--beta 0" else ["base", "prev"][: 1 + (p.lam < 1)]
+        for name in due:
+            unknown = batch.samples if name == "prev" else batch.samples[: batch.fresh]
+            unknown = [s for s in unknown if of[name] not in (k, s.version)]
+            expected += [len(unknown)] if unknown else []
+        assert passes == expected, p.step
+        assert ("logp_base" in batch, "logp_prev" in batch) == ("base" in due, "prev" in due)
         for i, s in enumerate(batch.samples):
-            of = versions | {"logp_behavior": s.version}
-            for name in (*of,) if p.lam < 1 else ("logp_old", "logp_base", "logp_behavior"):
-                expected = tables[of[name]][s.response].float()
-                assert torch.equal(batch[name][i], expected), (p.step, name, k - s.version)
+            versions = {"old": k, "behavior": s.version} | {name: of[name] for name in due}
+            for name, version in versions.items():
+                found = tables[version][s.response].float()
+                assert torch.equal(batch[f"logp_{name}"][i], found), (p.step, name, k - s.version)
         seen += sum(s.version < k for s in batch.samples)
     assert seen == sum(p.history for p, _ in one.looks) == 2 * 3
     assert [len(batch.groups) for _, batch in one.looks] == [3, 5, 5, 5, 5, 5]
     assert [line["staleness"][0] for line in one.lines] == [3, 3, 3, 3, 5, 5]
+
+
+def test_another_writer_says_what_it_thought_of_its_own(loop):
+    """Of the fresh samples alone, as the behaviour's context says; logp_old stays π_k's."""
+    one = loop("--algo remix-ppo --beta 0", [torch.full((18,), x).double() for x in (-4.0, 1.0)])
+    for (p, batch), passes in zip(one.looks, one.passes):
+        assert passes == [len(batch.samples), batch.fresh]
+        for s, old in zip(batch.samples, batch["logp_old"]):
+            assert (s.logp_behavior == -4).all()
+            assert torch.equal(old, one.behaviour.tables[p.version][s.response].float())
 
 
 def test_each_learner_has_its_rate_and_warms_up(loop):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import ROWS, SCALE, STEP, UPDATES, VOCAB, config, load_batch, tiny_model, value_weight
 
 from buffer import Batch, Sample
@@ -221,26 +221,15 @@ def test_the_head_is_normalised_in_float32(folder):
     close(entropy, -(logp.exp() * logp).sum().expand(VOCAB))
 
 
-def test_critic(folder):
-    samples, critic = make_samples(6), Critic(folder / "tied")
-    inputs, weights = collate(samples, "cpu"), weighted(samples)
+def test_the_critic_is_zero_at_first_and_learns(folder):
+    """What it computes then is held by test_update."""
+    inputs, critic = collate(make_samples(6), "cpu"), Critic(folder / "tied")
     values = critic(**inputs)["values"]
     assert values.shape == inputs["mask"].shape and not values.any()
-    assert gradients(critic, values.sum())["value.weight"].any()  # zero, yet it learns
-    critic.value.weight.data.copy_(value_weight(64))
+    assert gradients(critic, values.sum())["value.weight"].any()
     critic.value.bias.data.fill_(0.25)
     values = critic(**inputs)["values"]
-    assert not values[~inputs["mask"]].any()
-    rows = [row[: len(s.response)] for row, s in zip(values, samples)]
-    found = gradients(critic, sum((row * w[0]).sum() for row, w in zip(rows, weights)))
-    backbone = load(folder / "tied", AutoModel)
-    slow = [naive_values(backbone, value_weight(64), torch.tensor([0.25]), s) for s in samples]
-    wanted = gradients(backbone, sum((row * w[0]).sum() for row, w in zip(slow, weights)))
-    for row, slow_row in zip(rows, slow):
-        close(row.detach(), slow_row.detach())
-    for name in wanted:
-        assert wanted[name].any()
-        close(found["backbone." + name], wanted[name])
+    assert torch.equal(values, inputs["mask"] * 0.25)
 
 
 # ---- FSDP2 at one and two ranks: tests/workers.py did it, here it is judged

@@ -287,40 +287,23 @@ class Letters:
         return "".join(map(chr, ids.tolist()))
 
 
-class Scripted:
-    """An engine that says these texts; one that ends in … is cut."""
-
-    def __init__(self, *texts):
-        self.texts = texts
-
-    def generate(self, prompts, seeds, version, temperature, max_tokens):
-        responses = [(torch.tensor(list(map(ord, text))), text[-1] == "…") for text in self.texts]
-        return [dict(response=r, logp_sampler=-r.float(), truncated=cut) for r, cut in responses]
-
-    def update(self, version, tensors, names):
-        pass
-
-    def sleep(self):
-        pass
-
-
 def test_what_is_noted_of_a_response(monkeypatch):
-    texts = [r"Wait: \boxed{\frac12}.", r"\boxed{\dfrac{1}{2}}", "none", r"Wait, \boxed{7}…"]
-    found = [(1.0, None), (0.5, None), (0.0, "no_box")]
-    judge = Noted(Has(submit=lambda items: Has(result=lambda: found)))
+    texts = [r"Wait: \boxed{\frac12}.", r"\boxed{\dfrac{1}{2}}", "none", r"Wait, \boxed{7}"]
+    verdicts = [(1.0, None), (0.5, None), (0.0, "no_box")]
+    judge = Noted(Has(submit=lambda items: Has(result=lambda: verdicts)))
     monkeypatch.setattr(rollout, "deal_out", lambda items, ranks: items)
     monkeypatch.setattr(rollout, "bring_home", lambda mine, count: mine)
-    how = dict(style="boxed", group_size=4, reward="mine:exact")
-    policy = Has(full_tensors=lambda: iter(()), names=set())
-    behaviour = make_colocated(Scripted(*texts), judge, ALONE, Letters(), **how)
-    ((a, b, c, d),) = behaviour.rollouts(policy, 4, ASKED[:1])
+    behaviour = make_colocated(None, judge, None, Letters(), style="boxed", reward="mine:exact")
+    a, b, c, d = samples = [
+        Sample(None, torch.tensor(list(map(ord, text))), None, text == texts[3], 3, 17, "0")
+        for text in texts
+    ]
+    behaviour.verify(samples)
     # a reward of one's own in place of the style; the style says what was said
     assert judge.calls == [("submit", [(text, "0", "mine:exact") for text in texts[:3]])]
-    assert {(s.version, s.prompt_index) for s in (a, b, c, d)} == {(3, 17)}
-    assert [s.reward for s in (a, b, c, d)] == [1.0, 0.5, 0.0, 0.0]
-    assert [s.reason for s in (a, b, c, d)] == [None, None, "no_box", "truncated"]
+    assert [(s.reward, s.reason) for s in samples] == [*verdicts, (0.0, "truncated")]
     assert a.said == b.said == canonical(r"\frac{1}{2}") and c.said is None
-    assert [s.reflects for s in (a, b, c, d)] == [True, False, False, True]
+    assert [s.reflects for s in samples] == [True, False, False, True]
 
 
 # ---- records
