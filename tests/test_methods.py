@@ -35,8 +35,6 @@ from infra.metrics import Meter
 from loss import value_loss
 from methods import NUMBERS, ROWS, Method, dry_run, total_rollouts
 
-SIX = ("ppo", "grpo", "mix-ppo", "mix-grpo", "remix-ppo", "remix-grpo")
-
 
 def method(flags="", **values):
     return Method(settings("--model m " + flags, **values))
@@ -233,13 +231,11 @@ def test_group_advantages_of_history_are_what_they_were():
     fresh = groups_of([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
     history = groups_of([[1.0, 1.0, 1.0, 0.0], [1.0] * 4], version=4)
     batch = Batch(fresh, history)
-    one = method("--algo grpo --group_size 4")
-    one.credit(batch)
+    method("--algo grpo --group_size 4").credit(batch)
     first = [s[0].item() for s in batch["advantages"]]
     a, b = math.sqrt(3 / 4), 1.5  # in spreads: 0.5/sqrt(1/3) and 0.75/0.5
-    assert first == pytest.approx(
-        [b, *[-b / 3] * 3, a, a, -a, -a, *[b / 3] * 3, -b, *[0] * 4], 1e-5
-    )
+    expected = [b, *[-b / 3] * 3, a, a, -a, -a, *[b / 3] * 3, -b, *[0] * 4]
+    assert first == pytest.approx(expected, rel=1e-5)
     assert all((row == row[0]).all() for row in batch["advantages"])
     assert [len(row) for row in batch["advantages"]] == [len(s.response) for s in batch.samples]
     for number, group in enumerate(history, 2):  # to the bit what the step that wrote them had
@@ -293,10 +289,10 @@ def dealt(n_groups, group_size, minibatch, passes, seed=0, step=3):
     return list(train.minibatches(Batch(groups, []), plan(passes=passes, step=step), cfg))
 
 
-@pytest.mark.parametrize(
-    "n_groups, group_size, minibatch, passes",
-    [(7, 3, 2, 2), (6, 1, 6, 1), (5, 2, 8, 3), (4, 4, 1, 2)],
-)
+SIZES = [(7, 3, 2, 2), (6, 1, 6, 1), (5, 2, 8, 3), (4, 4, 1, 2)]
+
+
+@pytest.mark.parametrize("n_groups, group_size, minibatch, passes", SIZES)
 def test_each_pass_covers_every_group_once(n_groups, group_size, minibatch, passes):
     parts = dealt(n_groups, group_size, minibatch, passes)
     a_pass = -(-n_groups // minibatch)

@@ -283,17 +283,6 @@ def test_every_metric_of_a_step(micro):
     assert METRICS.keys() - found.keys() == timed
 
 
-def test_means_are_over_tokens_of_all_updates():
-    cfg, meter, batch, found = settings(FLAGS + " --lr 0"), Meter(), batch_by_hand(), []
-    for rows in ([0, 2], [3, 1]):
-        made = learners(cfg)
-        found.append(train.update(made, batch, rows, Method(cfg), plan(), meter))
-    record, expected = step_metrics(plan(), batch, meter, cfg, TASK), by_hand(cfg)
-    for name in ("kl_base", "ratio_mean_history", "policy_loss", "value_loss", "clip_low_share"):
-        assert record[name] == pytest.approx(expected[name])
-    assert record["grad_norm"] == pytest.approx(statistics.fmean(n["policy"] for n in found))
-
-
 def test_what_does_not_exist_is_not_told():
     """No critic, no KL, no history."""
     cfg, meter = settings("--model m --algo grpo --beta 0 --group_size 2"), Meter()
