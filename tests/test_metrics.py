@@ -23,6 +23,7 @@ from by_hand import (
 
 import train
 from buffer import Batch
+from conftest import metrics_of
 from infra import metrics
 from infra.metrics import METRICS, Meter, Recorder, console_line, step_metrics, truncate
 from infra.ranks import Ranks
@@ -85,20 +86,13 @@ def recorder(folder, done=0, ranks=ALONE, **values):
     return Recorder(cfg, done, TASK, ranks)
 
 
-def lines_of(path):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not strict JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-
-
 def test_every_key_in_strict_json(tmp_path, capsys):
     record = recorder(tmp_path)
     odd = dict(entropy=math.nan, grad_norm=math.inf, gap_max=-math.inf, kl_prev=None, own=0.5)
     record.write(RECORD | odd)
     record.write(RECORD | {"step": 4})
     record.close()
-    first, second = lines_of(tmp_path / "metrics.jsonl")
+    first, second = metrics_of(tmp_path)
     assert list(first) == [*METRICS, "own"] and list(second) == list(METRICS)
     known = {name for name, value in first.items() if value is not None}
     assert known == RECORD.keys() | {"memory_peak_gib", "own"}
@@ -117,9 +111,9 @@ def test_config_json_and_what_is_cut_on_resume(tmp_path):
     assert not {"given", "fingerprint"} & kept["values"].keys()
     again = recorder(tmp_path, done=2)
     again.write(RECORD | {"step": 3})
-    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3]
     assert len(json.loads((tmp_path / "config.json").read_text())["argv"]) == 2
-    shown = lines_of(tmp_path / "samples.jsonl")
+    shown = [json.loads(line) for line in open(tmp_path / "samples.jsonl")]
     assert [line["step"] for line in shown] == [1] * 4 + [2] * 4  # four a step, for reading
     text = dict(prompt="3", response="10 11", answer="7")
     assert shown[0] == text | dict(step=1, reward=1.0, reason=None)
@@ -150,7 +144,7 @@ def test_clock_and_machine_metrics(tmp_path, monkeypatch):
                 pass
     record.write(RECORD)
     record.write(RECORD | {"step": 4})
-    first, second = lines_of(tmp_path / "metrics.jsonl")
+    first, second = metrics_of(tmp_path)
     expected = dict(seconds_step=7.0, seconds_generate=3.5, seconds_logprobs=10.0)
     expected |= dict(seconds_eval=None, tokens_per_second=42 / 3.5)
     assert {name: first[name] for name in expected} == expected
@@ -168,7 +162,7 @@ def test_memory_of_a_gpu(tmp_path, monkeypatch):
         with record.clock(phase):
             pass
     record.write(RECORD)
-    assert lines_of(tmp_path / "metrics.jsonl")[0]["memory_peak_gib"] == 50
+    assert metrics_of(tmp_path)[0]["memory_peak_gib"] == 50
 
 
 def test_console_line():

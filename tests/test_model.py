@@ -299,6 +299,7 @@ def test_update(seen, folder, world, case):
     first = seen[world][0]["updates"][case]
     for rank in seen[world]:
         found = rank["updates"][case]
+        assert equal(found["policy"]["after"], first["policy"]["after"])
         assert len(found["micro_batches"]) == len(first["micro_batches"]) > 0
         for name, value in means.items():
             assert found["means"][name] == pytest.approx(value, rel=1e-5, abs=1e-6)
@@ -322,20 +323,6 @@ def test_update(seen, folder, world, case):
     placements = "(Replicate(), Shard(dim=0))" if hsdp else "(Shard(dim=0),)"
     offload = "CPUOffloadPolicy" if cfg.offload_optimizer else "OffloadPolicy"
     assert first["layout"] == (placements, offload)
-
-
-def test_ranks_hold_the_same_parameters(seen):
-    for case in UPDATES:
-        one, two = (rank["updates"][case]["policy"]["after"] for rank in seen[2])
-        assert equal(one, two)
-    # else they differ only where a gradient is so small that its direction is rounding
-    cases = "ppo", "ppo, one micro-batch"
-    first, *others = (seen[world][0]["updates"][case] for case in cases for world in (1, 2))
-    for other in others:
-        for name in ("policy", "critic"):
-            pairs = zip(first[name]["after"].values(), other[name]["after"].values())
-            off = torch.cat([(p - q).abs().flatten() for p, q in pairs])
-            assert (off > 1e-6).float().mean() < 1e-3 and off.max() < 1e-3
 
 
 def equal(a, b):
