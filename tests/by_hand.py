@@ -5,6 +5,8 @@ Samples of ages 0, 0, 1 and 2 at version 5 (step 6), ragged; token ids 10 to 17.
 """
 
 import contextlib
+import math
+from collections import namedtuple
 
 import torch
 
@@ -16,25 +18,68 @@ from model import Learner
 
 F64 = torch.float64
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
-VERSION, WINDOW = 5, 2
-NEW, OLD, BEHAVIOR, BASE, PREV, ENTROPY, ADVANTAGE = range(7)
+# new: the policy now; old: π_k; gap: the engine's number less the behaviour's; now: the critic
+Token = namedtuple("Token", "new old behavior base prev entropy advantage gap values now returns")
 # fmt: off
-#     new policy, π_k, behaviour, base, precedent, entropy, advantage
 TOKENS = {
-    10: (-0.50, -1.00, -1.00, -0.90, -1.10, 0.30, 1.0),   # r = e^0.5 > 1.2, A > 0: clipped high
-    11: (-2.60, -2.00, -2.00, -1.00, -2.10, 0.10, -1.0),  # r = e^-0.6 < 0.8, A < 0: clipped low
-    12: (-0.45, -0.50, -0.50, -0.70, -0.40, 0.70, 2.0),   # inside
-    13: (-1.50, -1.00, -1.00, -1.40, -1.20, 1.10, 0.5),   # r = e^-0.5 < 0.8, but A > 0: inside
-    14: (-1.00, -1.10, -1.60, -1.30, -1.60, 0.20, 1.0),   # r = 1.82 < c + 0.2, c = e^0.5: inside
-    15: (-0.30, -0.90, -0.20, -0.80, -0.20, 0.50, 0.7),   # r = 0.90 > c + 0.2, c = e^-0.7: high
-    16: (-2.00, -1.50, -1.70, -1.00, -1.60, 0.90, -0.3),  # r = 0.74 < c - 0.2, c = e^0.2: low
-    17: (-0.80, -0.85, -1.00, -0.75, -0.95, 0.40, -1.5),  # c = e^0.15, r = e^0.2: inside
+    # r = e^0.5 > 1.2, A > 0: clipped high
+    10: Token(-0.50, -1.00, -1.00, -0.90, -1.10, 0.30, 1.0, -0.6, 0.2, 0.9, 1.0),
+    # r = e^-0.6 < 0.8, A < 0: clipped low
+    11: Token(-2.60, -2.00, -2.00, -1.00, -2.10, 0.10, -1.0, -0.9, 0.3, 0.1, 0.8),
+    # inside
+    12: Token(-0.45, -0.50, -0.50, -0.70, -0.40, 0.70, 2.0, 0.0, 0.6, 0.6, 1.0),
+    # r = e^-0.5 < 0.8, but A > 0: inside
+    13: Token(-1.50, -1.00, -1.00, -1.40, -1.20, 1.10, 0.5, -0.3, 0.1, 0.0, 0.0),
+    # r = 1.82 < c + 0.2, c = e^0.5: inside
+    14: Token(-1.00, -1.10, -1.60, -1.30, -1.60, 0.20, 1.0, -0.6, 0.5, 1.2, 0.9),
+    # r = 0.90 > c + 0.2, c = e^-0.7: high
+    15: Token(-0.30, -0.90, -0.20, -0.80, -0.20, 0.50, 0.7, -0.9, 0.4, 0.8, 1.0),
+    # r = 0.74 < c - 0.2, c = e^0.2: low
+    16: Token(-2.00, -1.50, -1.70, -1.00, -1.60, 0.90, -0.3, 0.0, 0.7, 0.2, 0.1),
+    # c = e^0.15, r = e^0.2: inside
+    17: Token(-0.80, -0.85, -1.00, -0.75, -0.95, 0.40, -1.5, -0.3, 0.9, 0.4, 0.0),
 }
-SAMPLER = {t: -0.3 * (t % 4) for t in TOKENS}  # the engine's number less the behaviour's
-VALUES = {10: 0.2, 11: 0.3, 12: 0.6, 13: 0.1, 14: 0.5, 15: 0.4, 16: 0.7, 17: 0.9}
-NOW = {10: 0.9, 11: 0.1, 12: 0.6, 13: 0.0, 14: 1.2, 15: 0.8, 16: 0.2, 17: 0.4}  # the critic now
-RETURNS = {10: 1.0, 11: 0.8, 12: 1.0, 13: 0.0, 14: 0.9, 15: 1.0, 16: 0.1, 17: 0.0}
 # fmt: on
+
+
+# ---- what is to be found, in plain Python
+
+
+def k3(x):
+    return math.exp(-x) + x - 1
+
+
+def ratio(above, below, low=0.0, high=math.inf):
+    return min(max(math.exp(above - below), low), high)
+
+
+def objective_of(t, cfg, new=None):
+    """The policy's loss on token t before its terms, weights included."""
+    one = TOKENS[t]
+    writer = one.old if cfg.objective == "ppo" else one.behavior
+    r, c = ratio(one.new if new is None else new, writer), ratio(one.old, writer)
+    clipped = min(max(r, c - cfg.clip_low), c + cfg.clip_high)
+    loss = -min(r * one.advantage, clipped * one.advantage)
+    if cfg.correct == "truncated":
+        loss *= ratio(one.old, one.behavior, cfg.correct_low, cfg.correct_high)
+    if cfg.mismatch == "truncated":
+        loss *= ratio(-one.gap, 0, cfg.mismatch_low, cfg.mismatch_high)
+    return loss
+
+
+def loss_of(t, cfg, lam, new):
+    one = TOKENS[t]
+    divergence = lam * k3(new - one.base) + (1 - lam) * k3(new - one.prev)
+    return objective_of(t, cfg, new) + cfg.beta * divergence - cfg.entropy * one.entropy
+
+
+def value_loss_of(t, clip=0.5):
+    one = TOKENS[t]
+    clipped = min(max(one.now, one.values - clip), one.values + clip)
+    return max((one.now - one.returns) ** 2, (clipped - one.returns) ** 2) / 2
+
+
+# ---- the same for the code under test
 
 
 def settings(flags="", **values):
@@ -51,16 +96,15 @@ def plan(**changes):
     return Plan(**usual | dict(reincarnate=False) | changes)
 
 
-def row(table, tokens, column=None):
-    entries = [table[t] if column is None else table[t][column] for t in tokens]
-    return torch.tensor(entries, dtype=F64)
+def row(tokens, column):
+    return torch.tensor([getattr(TOKENS[t], column) for t in tokens], dtype=F64)
 
 
 def sample(version, tokens, reward=0.0, prompt_index=0, **more):
     """A Sample of these token ids with what stays with it."""
     usual = dict(truncated=False, answer="7", reason=None if reward else "wrong")
-    usual |= dict(logp_behavior=row(TOKENS, tokens, BEHAVIOR), logp_base=row(TOKENS, tokens, BASE))
-    usual["logp_sampler"] = row(TOKENS, tokens, BEHAVIOR) + row(SAMPLER, tokens)
+    usual |= dict(logp_behavior=row(tokens, "behavior"), logp_base=row(tokens, "base"))
+    usual["logp_sampler"] = row(tokens, "behavior") + row(tokens, "gap")
     prompt = torch.tensor([3] * (prompt_index % 3 + 1))
     known = dict(version=version, reward=reward, prompt_index=prompt_index)
     return Sample(prompt=prompt, response=torch.tensor(tokens), **known, **usual | more)
@@ -73,12 +117,9 @@ def batch_by_hand():
         [sample(5, [13], 0.0, 1, truncated=True, reason="truncated")],
     ]
     batch = Batch(fresh, [[sample(4, [14, 15], 1.0, 2)], [sample(3, [16, 17], 0.0, 3)]])
-    responses = [s.response.tolist() for s in batch.samples]
-    columns = dict(logp_old=OLD, logp_base=BASE, logp_prev=PREV, advantages=ADVANTAGE)
-    for name, column in columns.items():
-        batch[name] = [row(TOKENS, tokens, column) for tokens in responses]
-    batch["values"] = [row(VALUES, tokens) for tokens in responses]
-    batch["returns"] = [row(RETURNS, tokens) for tokens in responses]
+    columns = dict(logp_old="old", logp_base="base", logp_prev="prev", advantages="advantage")
+    for name, column in (columns | dict(values="values", returns="returns")).items():
+        batch[name] = [row(s.response.tolist(), column) for s in batch.samples]
     return batch
 
 
@@ -135,8 +176,10 @@ class Plain(Learner):
 
 def learners(cfg, micro=None):
     """Policy and critic of the batch by hand."""
-    new, entropy = ({t: one[column] for t, one in TOKENS.items()} for column in (NEW, ENTROPY))
-    policy, critic = Table(logp=new, entropy=entropy), Table(values=NOW)
+    new, entropy, now = (
+        {t: getattr(one, name) for t, one in TOKENS.items()} for name in ("new", "entropy", "now")
+    )
+    policy, critic = Table(logp=new, entropy=entropy), Table(values=now)
     return {
         "policy": Plain(policy, cfg.lr, cfg, micro=micro),
         "critic": Plain(critic, cfg.critic_lr, cfg, micro=micro),

@@ -8,28 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from by_hand import (
-    ADVANTAGE,
     ALONE,
-    BASE,
-    BEHAVIOR,
-    ENTROPY,
-    NEW,
-    NOW,
-    OLD,
-    PREV,
-    RETURNS,
-    SAMPLER,
     TOKENS,
-    VALUES,
     batch_by_hand,
+    k3,
     learners,
+    objective_of,
     plan,
+    ratio,
     sample,
     settings,
+    value_loss_of,
 )
 
 import train
 from buffer import Batch
+from conftest import metrics_of
 from infra import metrics
 from infra.metrics import METRICS, Meter, Recorder, console_line, step_metrics, truncate
 from infra.ranks import Ranks
@@ -74,11 +68,9 @@ def test_meter_leaves_out_what_is_not_finite():
 
 def test_meter_sums_in_double():
     meter = Meter()
-    for _ in range(10):
-        meter.add("x", torch.full((1000,), 0.1))
-    meter.add("x", torch.tensor([16_777_217.0 * 4, 1.0]))
-    exact = (10_000 * float(torch.tensor(0.1)) + float(torch.tensor(16_777_217.0 * 4)) + 1) / 10_002
-    assert meter.gathered()[0]["x"] == pytest.approx(exact, rel=1e-12)
+    meter.add("x", torch.tensor([2.0**26, 1.0]))
+    meter.add("x", torch.tensor([1.0]))
+    assert meter.gathered()[0]["x"] == (2**26 + 2) / 3
 
 
 # ---- the recorder
@@ -90,16 +82,8 @@ RECORD |= dict(length_mean=10.5, staleness=[4, 2, 0])
 
 
 def recorder(folder, done=0, ranks=ALONE, **values):
-    return Recorder(
-        settings(out=str(folder), fingerprint="f", steps=9, **values), done, TASK, ranks
-    )
-
-
-def lines_of(path):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not strict JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    cfg = settings(out=str(folder), fingerprint="f", steps=9, **values)
+    return Recorder(cfg, done, TASK, ranks)
 
 
 def test_every_key_in_strict_json(tmp_path, capsys):
@@ -108,7 +92,7 @@ def test_every_key_in_strict_json(tmp_path, capsys):
     record.write(RECORD | odd)
     record.write(RECORD | {"step": 4})
     record.close()
-    first, second = lines_of(tmp_path / "metrics.jsonl")
+    first, second = metrics_of(tmp_path)
     assert list(first) == [*METRICS, "own"] and list(second) == list(METRICS)
     known = {name for name, value in first.items() if value is not None}
     assert known == RECORD.keys() | {"memory_peak_gib", "own"}
@@ -127,13 +111,12 @@ def test_config_json_and_what_is_cut_on_resume(tmp_path):
     assert not {"given", "fingerprint"} & kept["values"].keys()
     again = recorder(tmp_path, done=2)
     again.write(RECORD | {"step": 3})
-    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3]
     assert len(json.loads((tmp_path / "config.json").read_text())["argv"]) == 2
-    shown = lines_of(tmp_path / "samples.jsonl")
+    shown = [json.loads(line) for line in open(tmp_path / "samples.jsonl")]
     assert [line["step"] for line in shown] == [1] * 4 + [2] * 4  # four a step, for reading
-    assert shown[0] == dict(
-        step=1, prompt="3", response="10 11", answer="7", reward=1.0, reason=None
-    )
+    text = dict(prompt="3", response="10 11", answer="7")
+    assert shown[0] == text | dict(step=1, reward=1.0, reason=None)
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
@@ -154,9 +137,6 @@ def test_clock_and_machine_metrics(tmp_path, monkeypatch):
     """Phases add up within a step and start again at the next: 10.5 tokens x 4 in 1.5 + 2 s."""
     inner = (100.0, 101.5, 200.0, 202.0, 300.0, 310.0)
     ticking(monkeypatch, 0.0, 0.0, *inner, 7.0, 8.0, 9.0)
-    monkeypatch.setattr(metrics.sys, "platform", "linux")
-    usage = SimpleNamespace(ru_maxrss=3 * 2**20)  # KiB
-    monkeypatch.setattr(metrics.resource, "getrusage", lambda who: usage)
     record = recorder(tmp_path)
     with record.clock("step"):
         for phase in ("generate", "generate", "logprobs"):
@@ -164,12 +144,12 @@ def test_clock_and_machine_metrics(tmp_path, monkeypatch):
                 pass
     record.write(RECORD)
     record.write(RECORD | {"step": 4})
-    first, second = lines_of(tmp_path / "metrics.jsonl")
+    first, second = metrics_of(tmp_path)
     expected = dict(seconds_step=7.0, seconds_generate=3.5, seconds_logprobs=10.0)
     expected |= dict(seconds_eval=None, tokens_per_second=42 / 3.5)
     assert {name: first[name] for name in expected} == expected
     assert all(second[name] is None for name in expected)
-    assert first["memory_peak_gib"] == second["memory_peak_gib"] == 3.0
+    assert first["memory_peak_gib"] > 0
 
 
 def test_memory_of_a_gpu(tmp_path, monkeypatch):
@@ -182,25 +162,20 @@ def test_memory_of_a_gpu(tmp_path, monkeypatch):
         with record.clock(phase):
             pass
     record.write(RECORD)
-    assert lines_of(tmp_path / "metrics.jsonl")[0]["memory_peak_gib"] == 50
+    assert metrics_of(tmp_path)[0]["memory_peak_gib"] == 50
 
 
 def test_console_line():
-    empty = dict.fromkeys(METRICS)
-    numbers = dict(accuracy=0.25, kl_base=0.01234, ratio_mean_history=1.5, entropy=0.75)
-    numbers |= dict(grad_norm=2.0, gap_mean=1.25e-6, seconds_step=3.5)
-    line = empty | RECORD | numbers
+    numbers = dict(accuracy=0.25, kl_base=0.01234, ratio_mean_history=1.5, seconds_step=3.5)
+    line = dict.fromkeys(METRICS) | RECORD | numbers
     shown = console_line(line, 9)
-    parts = "step    3/9|mixed|rollouts     12|accuracy 0.250|length   10.5|kl  0.0123"
-    parts += "|ratio 1.5000|entropy  0.750|grad   2.000|3.50 s"
+    parts = "step    3/9|mixed|rollouts     12|accuracy 0.250|length   10.5|ratio 1.5000|3.50 s"
     assert [part for part in parts.split("|") if part not in shown] == []
     without = console_line(line | dict(ratio_mean_history=None, kl_base=None, eval_accuracy=0.5), 9)
     assert without.endswith(" | eval 0.500")
     assert len(without) == len(shown) + len(" | eval 0.500")  # columns stay
-    start = empty | dict(step=0, phase="evaluation", total_rollouts=0, eval_accuracy=0.125)
-    assert console_line(start, 9).endswith("| eval 0.125")
-    assert console_line(line, 9, 3 * 3600 + 5 * 60 + 7).endswith("3.50 s eta 3:05:07")
-    assert "eta" not in console_line(line, 9, 0.0)
+    start = dict.fromkeys(METRICS) | dict(step=0, phase="evaluation", total_rollouts=0)
+    assert console_line(start | dict(eval_accuracy=0.125), 9).endswith("| eval 0.125")
 
 
 def test_time_that_is_left(tmp_path, monkeypatch, capsys):
@@ -232,14 +207,11 @@ def test_truncate(tmp_path):
         path.write_text("".join(lines), encoding="utf-8")
         truncate(path, last)
         assert path.read_text(encoding="utf-8") == "".join(lines[i] for i in kept)
-    # what a machine may leave that went down while it wrote
+    # what a machine may leave that went down while it wrote; last: complete JSON, not a line
     rubbish = b'\0\0\0\n\xff\xfe\n[1]\n3\n{}\n{"step": "2"}\n{"step": ' + b"9" * 5000 + b"}\n"
-    path.write_bytes(b'{"step": 1}\n' + rubbish)
+    path.write_bytes(b'{"step": 1}\n' + rubbish + b'{"step": 2}')
     truncate(path, 5)
     assert path.read_bytes() == b'{"step": 1}\n'
-    path.write_text('{"step": 1}\n{"step": 2}')  # complete JSON, but the line is not
-    truncate(path, 5)
-    assert path.read_text() == '{"step": 1}\n'
 
 
 # ---- a step's metrics, in plain Python
@@ -248,36 +220,21 @@ FLAGS = "--model m --beta 0.5 --entropy 0.25 --prompts 4 --p 0.5 --lr 2e-6"
 FLAGS += " --mismatch truncated --mismatch_high 1.5"
 
 
-def k3(t, ref):
-    x = TOKENS[t][NEW] - TOKENS[t][ref]
-    return math.exp(-x) + x - 1
+def over(tokens, fine):
+    """The mean of fine(row of the table by hand)."""
+    return statistics.fmean(fine(TOKENS[t]) for t in tokens)
 
 
-def ratio(t):
-    return math.exp(TOKENS[t][NEW] - TOKENS[t][BEHAVIOR])
+def now_by_writer(one):
+    return ratio(one.new, one.behavior)
 
 
-def weight(t):
-    return min(math.exp(-SAMPLER[t]), 1.5)
-
-
-def ppg(t):
-    r, c, a = ratio(t), math.exp(TOKENS[t][OLD] - TOKENS[t][BEHAVIOR]), TOKENS[t][ADVANTAGE]
-    return -min(r * a, min(max(r, c - 0.2), c + 0.2) * a)
-
-
-def value_loss(t):
-    clipped = min(max(NOW[t], VALUES[t] - 0.5), VALUES[t] + 0.5)
-    return max((NOW[t] - RETURNS[t]) ** 2, (clipped - RETURNS[t]) ** 2) / 2
-
-
-def by_hand():
+def by_hand(cfg):
     """The record of step 6 of the batch by hand: independent of train.py, loss.py and torch."""
-    mean, fresh, history = statistics.fmean, (10, 11, 12, 13), (14, 15, 16, 17)
-    w = [math.exp(TOKENS[t][OLD] - TOKENS[t][BEHAVIOR]) for t in history]
-    gaps = [abs(SAMPLER[t]) for t in fresh]
-    errors = [RETURNS[t] - VALUES[t] for t in TOKENS]
-    spread = statistics.variance(RETURNS.values())
+    fresh, history = (10, 11, 12, 13), (14, 15, 16, 17)
+    w = [ratio(TOKENS[t].old, TOKENS[t].behavior) for t in history]
+    returns = [one.returns for one in TOKENS.values()]
+    errors = [one.returns - one.values for one in TOKENS.values()]
     return {
         **dict(step=6, version=5, phase="mixed", fresh_rollouts=2, total_rollouts=12, epoch=2.5),
         **dict(accuracy=0.5, reward=0.5, length_mean=2.0, length_max=3, truncated_share=0.5),
@@ -285,23 +242,23 @@ def by_hand():
         **dict(parse_failure_share=0.0, timeout_share=0.0, crash_share=0.0, staleness=[2, 1, 1]),
         **dict(lr=5e-7, skipped_updates=1, clip_low_share=2 / 8, clip_high_share=2 / 8),
         "lambda": 0.7,
-        "kl_base": mean(k3(t, BASE) for t in TOKENS),
-        "kl_prev": mean(k3(t, PREV) for t in TOKENS),
-        "ratio_mean_fresh": mean(map(ratio, fresh)),
+        "kl_base": over(TOKENS, lambda one: k3(one.new - one.base)),
+        "kl_prev": over(TOKENS, lambda one: k3(one.new - one.prev)),
+        "ratio_mean_fresh": over(fresh, now_by_writer),
         "ratio_max_fresh": math.exp(0.5),
-        "ratio_mean_history": mean(map(ratio, history)),
+        "ratio_mean_history": over(history, now_by_writer),
         "ratio_max_history": math.exp(0.6),
         "ess": sum(w) ** 2 / (4 * sum(x * x for x in w)),
-        "entropy": mean(one[ENTROPY] for one in TOKENS.values()),
-        "policy_loss": mean(ppg(t) * weight(t) for t in TOKENS),
-        "value_loss": mean(map(value_loss, TOKENS)),
-        "gap_mean": mean(gaps),
-        "gap_max": max(gaps),
-        "explained_variance": 1 - statistics.variance(errors) / spread,
+        "entropy": over(TOKENS, lambda one: one.entropy),
+        "policy_loss": statistics.fmean(objective_of(t, cfg) for t in TOKENS),
+        "value_loss": statistics.fmean(map(value_loss_of, TOKENS)),
+        "gap_mean": over(fresh, lambda one: abs(one.gap)),
+        "gap_max": max(abs(TOKENS[t].gap) for t in fresh),
+        "explained_variance": 1 - statistics.variance(errors) / statistics.variance(returns),
         # the functions' own, under their own names
-        "mismatch_weight": mean(map(weight, TOKENS)),
-        "ratio": mean(map(ratio, TOKENS)),
-        "centre": mean(math.exp(one[OLD] - one[BEHAVIOR]) for one in TOKENS.values()),
+        "mismatch_weight": over(TOKENS, lambda one: ratio(-one.gap, 0, high=1.5)),
+        "ratio": over(TOKENS, now_by_writer),
+        "centre": over(TOKENS, lambda one: ratio(one.old, one.behavior)),
     }
 
 
@@ -310,7 +267,7 @@ def test_every_metric_of_a_step(micro):
     cfg, meter, batch = settings(FLAGS), Meter(), batch_by_hand()
     meter.skipped, p = 1, plan(scale=0.25)
     norms = train.update(learners(cfg, micro), batch, [0, 1, 2, 3], Method(cfg), p, meter)
-    found, expected = step_metrics(p, batch, meter, cfg, TASK), by_hand()
+    found, expected = step_metrics(p, batch, meter, cfg, TASK), by_hand(cfg)
     expected |= dict(grad_norm=norms["policy"], critic_grad_norm=norms["critic"])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -320,21 +277,9 @@ def test_every_metric_of_a_step(micro):
     assert METRICS.keys() - found.keys() == timed
 
 
-def test_means_are_over_tokens_of_all_updates():
-    cfg, meter, batch, found = settings(FLAGS + " --lr 0"), Meter(), batch_by_hand(), []
-    for rows in ([0, 2], [3, 1]):
-        made = learners(cfg)
-        found.append(train.update(made, batch, rows, Method(cfg), plan(), meter))
-    record, expected = step_metrics(plan(), batch, meter, cfg, TASK), by_hand()
-    for name in ("kl_base", "ratio_mean_history", "policy_loss", "value_loss", "clip_low_share"):
-        assert record[name] == pytest.approx(expected[name])
-    assert record["grad_norm"] == pytest.approx(statistics.fmean(n["policy"] for n in found))
-
-
 def test_what_does_not_exist_is_not_told():
     """No critic, no KL, no history."""
-    flags = "--model m --algo grpo --beta 0 --group_size 2"
-    cfg, meter = settings(flags), Meter()
+    cfg, meter = settings("--model m --algo grpo --beta 0 --group_size 2"), Meter()
     batch = batch_by_hand()
     fresh = Batch([batch.samples[:2]], [])
     for name in ("logp_old", "advantages"):
@@ -345,7 +290,7 @@ def test_what_does_not_exist_is_not_told():
     absent = "kl_base kl_prev ratio_mean_history ratio_max_history ess explained_variance"
     absent += " value_loss critic_grad_norm lambda mismatch_weight"
     assert [name for name in absent.split() if record.get(name) is not None] == []
-    assert record["ratio_mean_fresh"] == pytest.approx(by_hand()["ratio_mean_fresh"])
+    assert record["ratio_mean_fresh"] == pytest.approx(by_hand(cfg)["ratio_mean_fresh"])
     assert record["staleness"] == [2, 0, 0]
 
 
@@ -361,10 +306,9 @@ def test_shares_of_reasons():
     batch["logp_old"] = [s.logp_behavior for s in batch.samples]
     record = step_metrics(plan(), batch, Meter(), settings("--model m"), TASK)
     expected = dict(accuracy=1 / 5, reward=4 / 8, unjudged_share=2 / 5, truncated_share=1 / 5)
-    expected |= dict(
-        reflection_rate=1 / 5, staleness=[5, 2, 1], no_box_share=1 / 5, no_think_share=0
-    )
-    expected |= dict(parse_failure_share=0, timeout_share=1 / 5, crash_share=0, ess=1.0)
+    expected |= dict(reflection_rate=1 / 5, no_box_share=1 / 5, timeout_share=1 / 5)
+    expected |= dict(no_think_share=0, parse_failure_share=0, crash_share=0, ess=1.0)
+    expected["staleness"] = [5, 2, 1]
     assert {name: record[name] for name in expected} == expected
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers import ROWS, SCALE, STEP, UPDATES, VOCAB, config, load_batch, tiny_model, value_weight
 
 from buffer import Batch, Sample
@@ -25,21 +25,24 @@ FRESH = 4  # of the samples; the others are history
 # ---- slow oracles: one sample at a time, no padding, the whole log-softmax
 
 
+def rows_of(sample):
+    """Token ids (1, L) and the positions whose outputs belong to the response."""
+    ids = torch.cat([sample.prompt, sample.response])
+    return ids[None], range(len(sample.prompt) - 1, len(ids) - 1)
+
+
 def naive(lm, sample, temperature):
     """log-probs and entropies (T,) of the response."""
-    begin = len(sample.prompt)
-    ids = torch.cat([sample.prompt, sample.response])  # (L,)
-    table = (lm(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)  # (L, V)
-    at = range(begin - 1, len(ids) - 1)
-    logp = torch.stack([table[i, ids[i + 1]] for i in at])
+    ids, at = rows_of(sample)
+    table = (lm(input_ids=ids).logits[0] / temperature).log_softmax(-1)  # (L, V)
+    logp = torch.stack([table[i, ids[0, i + 1]] for i in at])
     return logp, torch.stack([-(table[i].exp() * table[i]).sum() for i in at])
 
 
 def naive_values(backbone, weight, bias, sample):
-    ids, begin = torch.cat([sample.prompt, sample.response]), len(sample.prompt)
-    hidden = backbone(input_ids=ids[None]).last_hidden_state[0]  # (L, H)
-    rows = [(hidden[i] * weight[0]).sum() + bias[0] for i in range(begin - 1, len(ids) - 1)]
-    return torch.stack(rows)
+    ids, at = rows_of(sample)
+    hidden = backbone(input_ids=ids).last_hidden_state[0]  # (L, H)
+    return torch.stack([(hidden[i] * weight[0]).sum() + bias[0] for i in at])
 
 
 def load(folder, kind=AutoModelForCausalLM):
@@ -65,9 +68,8 @@ def make_batch(seed, lm):
 
     with torch.no_grad():
         logp = [naive(lm, sample, 0.7)[0] for sample in samples]
-    batch = Batch(
-        [[sample] for sample in samples[:FRESH]], [[sample] for sample in samples[FRESH:]]
-    )
+    groups = [[sample] for sample in samples]
+    batch = Batch(groups[:FRESH], groups[FRESH:])
     batch["logp_old"] = near(logp, 0.05)
     batch["logp_base"], batch["logp_prev"] = near(logp, 0.2), near(logp, 0.1)
     for i, (sample, old) in enumerate(zip(samples, batch["logp_old"])):
@@ -109,29 +111,9 @@ def test_deal(lengths, world, budget):
         assert len(batch) <= 1 or len(batch) * max(lengths[i] for i in batch) <= budget
     loads = [sum(lengths[i] for batch in share for i in batch) for share in shares]
     assert max(loads) - min(loads) <= max(lengths, default=0)
-    assert deal(list(lengths), world, budget) == shares
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(0, 20), st.integers(1, 9), st.integers(1, 60))
-def test_deal_fills_micro_batches(rows, length, budget):
-    """Rows of one length need no more micro-batches than the budget demands."""
-    fit = max(budget // length, 1)
-    assert len(deal([length] * rows, 1, budget)[0]) == -(-rows // fit)
-
-
-def test_collate():
-    samples = make_samples(0)[:2]
-    inputs = collate(samples, "cpu")
-    assert set(inputs) == {"ids", "where", "tokens", "mask"}
-    (a, b), ids = samples, inputs["ids"].tolist()
-    assert ids[0][:8] == a.prompt.tolist() + a.response.tolist()
-    assert ids[1] == b.prompt.tolist() + b.response.tolist()
-    assert inputs["mask"].tolist() == [[True] * 5 + [False] * 4, [True] * 9]
-    assert inputs["where"][0, :5].tolist() == [2, 3, 4, 5, 6]
-    assert inputs["where"][1].tolist() == list(range(9))
-    assert inputs["tokens"][0, :5].equal(a.response) and inputs["tokens"][1].equal(b.response)
-    assert all(0 <= w < 10 for w in inputs["where"].flatten().tolist())
+    # rows of one length need no more micro-batches than the budget demands
+    rows, length = len(lengths), max(lengths, default=1)
+    assert len(deal([length] * rows, 1, budget)[0]) == -(-rows // max(budget // length, 1))
 
 
 def test_collate_of_nothing_is_one_masked_token(folder):
@@ -167,6 +149,7 @@ def make_policy(folder, temperature, chunk):
 def run(policy, samples, weights, **junk):
     """Outputs as lists of (2, T), and the gradients of their weighted sum."""
     inputs = collate(samples, "cpu") | junk
+    assert inputs["mask"].sum(1).tolist() == [len(s.response) for s in samples]
     found = policy(**inputs)
     outputs = torch.stack([found["logp"], found["entropy"]])  # (2, B, T)
     assert not outputs[:, ~inputs["mask"]].any()
@@ -195,33 +178,14 @@ def test_policy_equals_full_log_softmax(folder, model, temperature):
 
 def test_padding_is_never_read(folder):
     samples, policy = make_samples(3), make_policy(folder / "untied", 0.7, 4)
-    weights = weighted(samples)
-    rows, found = run(policy, samples, weights)
-    inputs = collate(samples, "cpu")
+    inputs, weights = collate(samples, "cpu"), weighted(samples)
     junk = {name: value.clone() for name, value in inputs.items()}
     for i, (p, t) in enumerate(LENGTHS):
         junk["ids"][i, p + t :], junk["tokens"][i, t:], junk["where"][i, t:] = 33 + i, 50 - i, i
     assert all((junk[name] != inputs[name]).any() for name in ("ids", "tokens", "where"))
-    other, other_gradients = run(policy, samples, weights, **junk)
-    for a, b in zip(rows, other):
+    clean, dirty = run(policy, samples, weights), run(policy, samples, weights, **junk)
+    for a, b in zip([*clean[0], *clean[1].values()], [*dirty[0], *dirty[1].values()], strict=True):
         close(a, b, 1e-6)
-    for name in found:
-        close(found[name], other_gradients[name], 1e-6)
-
-
-def test_a_sample_does_not_depend_on_its_batch(folder):
-    samples, policy = make_samples(4), make_policy(folder / "tied", 0.7, 4)
-    weights = weighted(samples)
-    rows, whole = run(policy, samples, weights)
-    parts, summed = {}, {name: 0 for name in whole}
-    for batch in ([6, 0, 3], [5], [2, 4, 1]):
-        found, gradient = run(policy, [samples[i] for i in batch], [weights[i] for i in batch])
-        parts |= dict(zip(batch, found))
-        summed = {name: summed[name] + gradient[name] for name in whole}
-    for i, row in enumerate(rows):
-        close(parts[i], row)
-    for name in whole:
-        close(summed[name], whole[name])
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
@@ -257,26 +221,15 @@ def test_the_head_is_normalised_in_float32(folder):
     close(entropy, -(logp.exp() * logp).sum().expand(VOCAB))
 
 
-def test_critic(folder):
-    samples, critic = make_samples(6), Critic(folder / "tied")
-    inputs, weights = collate(samples, "cpu"), weighted(samples)
+def test_the_critic_is_zero_at_first_and_learns(folder):
+    """What it computes then is held by test_update."""
+    inputs, critic = collate(make_samples(6), "cpu"), Critic(folder / "tied")
     values = critic(**inputs)["values"]
     assert values.shape == inputs["mask"].shape and not values.any()
-    assert gradients(critic, values.sum())["value.weight"].any()  # zero, yet it learns
-    critic.value.weight.data.copy_(value_weight(64))
+    assert gradients(critic, values.sum())["value.weight"].any()
     critic.value.bias.data.fill_(0.25)
     values = critic(**inputs)["values"]
-    assert not values[~inputs["mask"]].any()
-    rows = [row[: len(s.response)] for row, s in zip(values, samples)]
-    found = gradients(critic, sum((row * w[0]).sum() for row, w in zip(rows, weights)))
-    backbone = load(folder / "tied", AutoModel)
-    slow = [naive_values(backbone, value_weight(64), torch.tensor([0.25]), s) for s in samples]
-    wanted = gradients(backbone, sum((row * w[0]).sum() for row, w in zip(slow, weights)))
-    for row, slow_row in zip(rows, slow):
-        close(row.detach(), slow_row.detach())
-    for name in wanted:
-        assert wanted[name].any()
-        close(found["backbone." + name], wanted[name])
+    assert torch.equal(values, inputs["mask"] * 0.25)
 
 
 # ---- FSDP2 at one and two ranks: tests/workers.py did it, here it is judged
@@ -300,16 +253,10 @@ def slow_update(folder, case):
     micro-batches, no padding."""
     model, count, changes = UPDATES[case]
     cfg, batch, rows = config(**changes), load_batch(folder, model), ROWS[:count]
-    lm, total, means = load(folder / model), 0, {"entropy": 0, "policy_loss": 0}
-    tokens = sum(len(batch.samples[i].response) for i in rows)
+    lm, losses, entropies, policy_loss = load(folder / model), [], [], []
     for i in rows:
-        old, behavior, sampler, advantages, base, prev = (
-            batch[name][i]
-            for name in (
-                *("logp_old", "logp_behavior", "logp_sampler", "advantages"),
-                *("logp_base", "logp_prev"),
-            )
-        )
+        columns = "logp_old logp_behavior logp_sampler advantages logp_base logp_prev".split()
+        old, behavior, sampler, advantages, base, prev = (batch[name][i] for name in columns)
         logp, entropy = naive(lm, batch.samples[i], cfg.temperature)
         if cfg.objective == "ppo":
             loss = ppo(logp, old, advantages, cfg.clip_low, cfg.clip_high)[0]
@@ -317,30 +264,29 @@ def slow_update(folder, case):
             loss = loss * (behavior - sampler).exp().clamp(max=cfg.mismatch_high)
         else:
             loss = mix_ppg(logp, old, behavior, advantages, cfg.clip_low, cfg.clip_high)[0]
-        means["policy_loss"] += loss.detach().sum().item() / tokens
-        means["entropy"] += entropy.detach().sum().item() / tokens
+        policy_loss, entropies = [*policy_loss, loss.detach()], [*entropies, entropy.detach()]
         loss = loss - cfg.entropy * entropy
         if cfg.beta:  # λ is at its floor
             loss = loss + cfg.beta * kl_convex(logp, base, prev, cfg.lambda_floor)
-        total = (
-            total
-            + {
-                "token": loss.sum() / tokens,
-                "sequence": loss.mean() / count,
-                "constant": loss.sum() / (count * cfg.max_response),
-            }[cfg.aggregate]
-        )
+        losses.append(loss)
+    flat = torch.cat(losses)
+    total = {
+        "token": flat.mean(),
+        "sequence": sum(loss.mean() for loss in losses) / count,
+        "constant": flat.sum() / (count * cfg.max_response),
+    }[cfg.aggregate]
     found = {"policy": {"lm." + name: g for name, g in gradients(lm, total).items()}}
+    means = dict(entropy=torch.cat(entropies).mean(), policy_loss=torch.cat(policy_loss).mean())
     if cfg.advantage == "gae":
-        critic, total = Critic(folder / model), 0
+        critic = Critic(folder / model)
         critic.value.weight.data.copy_(value_weight(64))
+        head, losses = (critic.value.weight, critic.value.bias), []
         for i in rows:
-            head = critic.value.weight, critic.value.bias
             values = naive_values(critic.backbone, *head, batch.samples[i])
-            loss = value_loss(values, batch["values"][i], batch["returns"][i])
-            total = total + loss.sum() / tokens
-        found["critic"], means["value_loss"] = gradients(critic, total), total.item()
-    return found, means
+            losses.append(value_loss(values, batch["values"][i], batch["returns"][i]))
+        means["value_loss"] = torch.cat(losses).mean()
+        found["critic"] = gradients(critic, means["value_loss"])
+    return found, {name: value.item() for name, value in means.items()}
 
 
 @pytest.mark.parametrize("case", UPDATES)
@@ -353,6 +299,7 @@ def test_update(seen, folder, world, case):
     first = seen[world][0]["updates"][case]
     for rank in seen[world]:
         found = rank["updates"][case]
+        assert equal(found["policy"]["after"], first["policy"]["after"])
         assert len(found["micro_batches"]) == len(first["micro_batches"]) > 0
         for name, value in means.items():
             assert found["means"][name] == pytest.approx(value, rel=1e-5, abs=1e-6)
@@ -371,33 +318,11 @@ def test_update(seen, folder, world, case):
         assert seen[2][1]["updates"][case]["micro_batches"] == [[]]
     if case == "ppo":
         assert len(first["micro_batches"]) > 1
-
-
-@pytest.mark.parametrize("case", UPDATES)
-def test_where_shards_lie(seen, case):
-    """--hsdp and --offload_optimizer change no number: that they count shows in what FSDP2 was
-    told."""
-    changes = UPDATES[case][2]
-    for world in (1, 2):
-        found, hsdp = seen[world][0]["updates"][case], "hsdp" in changes and world == 2
-        assert found["nodes"] == 1 + hsdp
-        placements = "(Replicate(), Shard(dim=0))" if hsdp else "(Shard(dim=0),)"
-        kind = "CPUOffloadPolicy" if "offload_optimizer" in changes else "OffloadPolicy"
-        assert found["layout"] == (placements, kind)
-
-
-def test_ranks_hold_the_same_parameters(seen):
-    for case in UPDATES:
-        one, two = (rank["updates"][case]["policy"]["after"] for rank in seen[2])
-        assert equal(one, two)
-    # else they differ only where a gradient is so small that its direction is rounding
-    cases = "ppo", "ppo, one micro-batch"
-    first, *others = (seen[world][0]["updates"][case] for case in cases for world in (1, 2))
-    for other in others:
-        for name in ("policy", "critic"):
-            pairs = zip(first[name]["after"].values(), other[name]["after"].values())
-            off = torch.cat([(p - q).abs().flatten() for p, q in pairs])
-            assert (off > 1e-6).float().mean() < 1e-3 and off.max() < 1e-3
+    # --hsdp and --offload_optimizer change no number: that they count shows in where shards lie
+    hsdp = cfg.hsdp and world == 2
+    placements = "(Replicate(), Shard(dim=0))" if hsdp else "(Shard(dim=0),)"
+    offload = "CPUOffloadPolicy" if cfg.offload_optimizer else "OffloadPolicy"
+    assert first["layout"] == (placements, offload)
 
 
 def equal(a, b):
@@ -422,18 +347,17 @@ def test_an_update_that_is_not_finite_changes_nothing(seen, world):
         assert equal(policy[1], policy[2]) and equal(policy[2], policy[3])
         assert not equal(policy[4], policy[3])
         assert not equal(broken[2][0]["critic"], broken[3][0]["critic"])  # it went on
-        (before, _, _), (after, norms, _) = critic
+        (before, _, _), (after, norms, means) = critic
         assert math.isfinite(norms["policy"]) and math.isnan(norms["critic"])
         assert equal(before["critic"], after["critic"])
         assert not equal(before["policy"], after["policy"])
-        for _, _, means in broken + critic:
-            assert all(map(math.isfinite, means.values()))
-        assert "policy_grad_norm" not in broken[0][2] and "critic_grad_norm" not in critic[1][2]
-        first = seen[world][0]["broken_update"]["usual"]
-        assert [norms for _, norms, _ in usual] == [norms for _, norms, _ in first]
+        assert "policy_grad_norm" not in broken[0][2] and "critic_grad_norm" not in means
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
+MODELS = pytest.mark.parametrize("model", ["tied", "untied"])
+
+
+@MODELS
 @pytest.mark.parametrize("world", [1, 2])
 def test_predict_and_swapped_snapshots(seen, folder, world, model):
     """Inside a swap the log-probs are the snapshot's; after it the policy's, to the bit; whatever
@@ -459,30 +383,23 @@ def test_predict_and_swapped_snapshots(seen, folder, world, model):
         assert all(map(torch.equal, found["now"], first["now"]))
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
+@MODELS
 @pytest.mark.parametrize("world", [1, 2])
-def test_full_tensors(seen, folder, world, model):
-    """Every name of the checkpoint format, the tied head too, and the ranks' shards together."""
-    names = set(load(folder / model).state_dict())
-    assert "lm_head.weight" in names
+def test_full_tensors_and_export(seen, folder, world, model):
+    """Every name of the checkpoint format, the tied head too, and the ranks' shards together; what
+    is saved is the policy, which the original's other files accompany."""
+    original, path = load(folder / model), folder / f"exported-{model}-{world}"
+    names, exported = set(original.state_dict()), load(path)
     shards = [rank["snapshots"][model]["shards"] for rank in seen[world]]
     for rank in seen[world]:
         found = rank["snapshots"][model]
         weights = found["now_weights"]
-        assert found["names"] == set(weights) == names
+        assert found["names"] == set(weights) == names and "lm_head.weight" in names
         for name in shards[0]:
             assert torch.equal(weights[name], torch.cat([shard[name] for shard in shards]))
         same = torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
         assert same == (model == "tied")
-
-
-@pytest.mark.parametrize("model", ["tied", "untied"])
-@pytest.mark.parametrize("world", [1, 2])
-def test_export(seen, folder, world, model):
-    path = folder / f"exported-{model}-{world}"
-    exported, samples = load(path), load_batch(folder, model).samples
-    for s, wanted in zip(samples, seen[world][0]["snapshots"][model]["now"]):
-        close(naive(exported, s, 0.7)[0].detach(), wanted)
+        assert equal(weights, exported.state_dict())
     tied = exported.lm_head.weight is exported.model.embed_tokens.weight
     assert tied == (model == "tied") and exported.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(path).encode("1+2=")
@@ -500,9 +417,8 @@ def test_export_in_the_type_of_training(seen, folder, world):
     assert model.dtype == torch.bfloat16
     assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
     weights = load_file(path / "model.safetensors")  # on the disk; the head is the embedding
-    assert weights.keys() == found["masters"].keys() == dict(model.named_parameters()).keys()
-    for name, master in found["masters"].items():
-        assert master.dtype == torch.float32 and torch.equal(weights[name], master.bfloat16())
+    rounded = {name: master.bfloat16() for name, master in found["masters"].items()}
+    assert equal(weights, rounded) and weights.keys() == dict(model.named_parameters()).keys()
     pairs = zip(load_batch(folder, "tied").samples, found["logp"])
     gaps = [naive(model, s, 0.7)[0] - logp for s, logp in pairs]
     assert torch.cat(gaps).abs().mean() < 0.02

@@ -10,12 +10,11 @@ from types import SimpleNamespace as Has
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from workers import ANSWER, ASKED, LENGTH, PROMPTS, Noted, completion, make_colocated, tiny_model
+from workers import ASKED, LENGTH, PROMPTS, Noted, make_colocated, tiny_model
 
 import rollout
 from buffer import Sample
 from conftest import command
-from infra.ranks import Ranks
 from infra.toy import make_tokenizer
 from reward import canonical
 from rollout import Recorded, as_response, check_record, record, request_seed
@@ -76,17 +75,12 @@ def test_weights_arrive(one, two):
 
 
 def test_alarms(one):
-    assert "version None" in one["before the first update"]
-    seen = one["alarms"]
-    assert "version 0" in seen["wrong version"] and "version 1" in seen["wrong version"]
-    for name, culprit in (
-        ("missing", "model.norm.weight"),
-        ("missing head", "lm_head.weight"),
-        ("unknown", "'extra'"),
-        ("unexpected", "model.norm.weight"),
-    ):
+    """A failed update: neither the old version nor the failed one can be asked for."""
+    seen, norm = one["alarms"], "model.norm.weight"
+    assert "version None" in one["before the first update"] and "version 0" in seen["wrong version"]
+    culprits = {"missing": norm, "missing head": "lm_head.weight", "unknown": "'extra'"}
+    for name, culprit in (culprits | {"unexpected": norm}).items():
         message, *then = seen[name]
-        # neither the old version nor the failed one can be asked for
         assert culprit in message and all(then)
     assert seen["gap"] < 1e-4  # a right update mends it
     assert "the end" in one["sleeping"]["not consumed"]
@@ -105,32 +99,29 @@ def test_order_of_calls_around_sleep(one):
     assert all("asleep" in message for message in seen["asleep"])
 
 
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("fewer", "RuntimeError"),
-        ("none", "RuntimeError"),
-        ("empty", "0 tokens"),
-        ("NaN", "not finite"),
-        ("null", "not finite"),
-        ("infinite", "not finite"),
-        ("absent", "0 log-probs"),
-    ],
-)
-def test_less_than_a_whole_response_to_each_request_is_refused(one, name, words):
-    assert words in one["sleeping"][name]
+NAN, INF = float("nan"), float("inf")
+# fmt: off
+BROKEN = [  # tokens, their log-probs, what is said
+    ([], [], "0 tokens"), ([4, 5], [-0.5, NAN], "not finite"), ([4, 5], [None, -0.5], "not finite"),
+    ([4], [-INF], "not finite"), ([4, 5], [-0.5], "other tokens"),
+    ([4], [-0.5, -1], "other tokens"),
+]
+# fmt: on
 
 
-def test_log_probs_of_other_tokens_are_refused():
+def test_less_than_a_whole_response_is_refused(one):
+    for tokens, logp, words in BROKEN:
+        flat = Has(token_ids=[4, 5, 7][: len(logp)], logprobs=logp)
+        flat.start_indices = range(len(logp))
+        with pytest.raises(RuntimeError, match=words):
+            as_response(Has(token_ids=tokens, logprobs=flat, finish_reason="stop"))
+    with pytest.raises(RuntimeError, match="0 log-probs"):
+        as_response(Has(token_ids=(4,), logprobs=None, finish_reason="stop"))
+    # the first log-prob of each position is of the token that was sampled
     flat = Has(token_ids=[4, 7, 9], logprobs=[-0.5, -0.1, -2.0], start_indices=[0, 2])
-    output = Has(token_ids=(4, 9), logprobs=flat, finish_reason="length")
-    found = as_response(output)
+    found = as_response(Has(token_ids=(4, 9), logprobs=flat, finish_reason="length"))
     assert found["logp_sampler"].tolist() == [-0.5, -2.0] and found["truncated"]
-    for tokens in ((4, 7), (4,), (4, 9, 9)):
-        output.token_ids = tokens
-        with pytest.raises(RuntimeError, match="other tokens"):
-            as_response(output)
-    assert not as_response(ANSWER)["truncated"] and as_response(completion([5, 6], [0.0, -1.0]))
+    assert "RuntimeError" in one["sleeping"]["fewer"]  # 1 response to 2 requests
 
 
 def test_the_exported_model_in_a_new_engine(one):
@@ -194,7 +185,6 @@ def test_greedy_is_the_argmax_of_every_step(one, folder):
         ids = torch.cat([torch.tensor(prompt), r["response"]])
         best = model(input_ids=ids[None]).logits[0].argmax(-1)
         assert torch.equal(best[len(prompt) - 1 : -1], r["response"])
-    assert same(one["sampling"]["greedy"], one["sampling"]["greedy again"])  # whatever the seeds
 
 
 @torch.no_grad()
@@ -227,17 +217,14 @@ def test_the_trainer_s_surroundings_are_left_alone(one, two):
 # ---- seeds
 
 
-def test_request_seed_is_distinct_and_63_bit():
+def test_request_seed_is_distinct_and_63_bit(one, two):
     parts = list(itertools.product(range(3), range(20), range(20), range(8)))
     parts += [(1, 11), (11, 1), (1, 1, 1), (111,), ("a",)]
     seeds = {request_seed(*part) for part in parts}
     assert len(seeds) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
     ones = sum(seed.bit_count() for seed in seeds) / len(seeds)
     assert 31 < ones < 32 and max(seeds).bit_length() == 63  # 63 fair bits
-
-
-def test_request_seed_is_the_same_in_every_process(one, two):
-    """They ran under other hash seeds than this one."""
+    # the same in processes with other hash seeds
     assert one["seed"] == two[0]["seed"] == two[1]["seed"] == request_seed(0, 1, "a", 3)
 
 
@@ -261,23 +248,19 @@ def test_colocated_takes_weights_generates_and_sleeps(one, two):
 def test_colocated_gives_groups_of_judged_samples(one):
     groups, tokenizer = one["colocated"]["groups"], make_tokenizer()
     ((name, items),) = one["colocated"]["judge"]
-    judged = iter(items)
     assert name == "submit" and [len(group) for group in groups] == [6] * 5
+    whole = []  # what was cut is not even judged
     for i, group in enumerate(groups):
         assert len({tuple(s.response.tolist()) for s in group}) > 1
         for s in group:
             assert (s.version, s.prompt_index, s.answer) == (7, 17 + i, str(i))
             assert s.prompt.tolist() == PROMPTS[i] and s.prompt.dtype == torch.int64
             assert s.logp_behavior is None and s.logp_base is None
-            if s.truncated:
-                assert (s.reward, s.reason) == (0.0, "truncated")
-                continue
+            verdict = (0.0, "truncated") if s.truncated else (i % 2, None)
+            assert (s.reward, s.reason) == verdict
             text = tokenizer.decode(s.response, skip_special_tokens=True)
-            assert next(judged) == (text, str(i), "hash")
-            assert (s.reward, s.reason) == (i % 2, None)
-    assert next(judged, None) is None  # what was cut is not even judged
-    flat = [s for group in groups for s in group]
-    assert {s.reward for s in flat} == {0.0, 1.0} and {s.truncated for s in flat} == {True, False}
+            whole += [] if s.truncated else [(text, str(i), "hash")]
+    assert items == whole and {s.truncated for group in groups for s in group} == {True, False}
 
 
 def alike(groups, others, tolerance=0.0):
@@ -292,12 +275,6 @@ def alike(groups, others, tolerance=0.0):
     return [len(group) for group in groups] == [len(group) for group in others]
 
 
-def test_rollouts_are_the_same_on_every_rank_of_any_number(one, two):
-    """But for rounding: the weights come from an update by as many ranks."""
-    for rank, tp in itertools.product(two, (1, 2)):
-        assert alike(one["colocated"]["groups"], rank[tp]["colocated"]["groups"], 1e-4)
-
-
 class Letters:
     """A tokenizer whose ids are characters."""
 
@@ -310,65 +287,23 @@ class Letters:
         return "".join(map(chr, ids.tolist()))
 
 
-class Scripted:
-    """An engine that says these texts; one that ends in … is cut."""
-
-    def __init__(self, *texts):
-        self.texts, self.seeds, self.versions = texts, [], []
-
-    def update(self, version, tensors, names):
-        self.versions.append(version)
-
-    def generate(self, prompts, seeds, version, temperature, max_tokens):
-        assert version == self.versions[-1]
-        self.seeds += seeds
-        texts = itertools.islice(itertools.cycle(self.texts), len(prompts))
-        responses = [(torch.tensor(list(map(ord, text))), text[-1] == "…") for text in texts]
-        return [dict(response=r, logp_sampler=-r.float(), truncated=cut) for r, cut in responses]
-
-    def sleep(self):
-        pass
-
-
-POLICY = Has(full_tensors=lambda: iter(()), names=set())
-
-
-def scripted(monkeypatch, engine, judge, **changes):
+def test_what_is_noted_of_a_response(monkeypatch):
+    texts = [r"Wait: \boxed{\frac12}.", r"\boxed{\dfrac{1}{2}}", "none", r"Wait, \boxed{7}"]
+    verdicts = [(1.0, None), (0.5, None), (0.0, "no_box")]
+    judge = Noted(Has(submit=lambda items: Has(result=lambda: verdicts)))
     monkeypatch.setattr(rollout, "deal_out", lambda items, ranks: items)
     monkeypatch.setattr(rollout, "bring_home", lambda mine, count: mine)
-    me = Ranks(0, 1, 1, torch.device("cpu"))
-    return make_colocated(engine, judge, me, Letters(), style="boxed", **changes)
-
-
-def test_what_is_noted_of_a_response(monkeypatch):
-    texts = [r"Wait: \boxed{\frac12}.", r"\boxed{\dfrac{1}{2}}", "none", r"Wait, \boxed{7}…"]
-    found = [(1.0, None), (0.5, None), (0.0, "no_box")]
-    judge = Noted(Has(submit=lambda items: Has(result=lambda: found)))
-    engine = Scripted(*texts)
-    behaviour = scripted(monkeypatch, engine, judge, group_size=4, reward="mine:exact")
-    ((a, b, c, d),) = behaviour.rollouts(POLICY, 4, ASKED[:1])
+    behaviour = make_colocated(None, judge, None, Letters(), style="boxed", reward="mine:exact")
+    a, b, c, d = samples = [
+        Sample(None, torch.tensor(list(map(ord, text))), None, text == texts[3], 3, 17, "0")
+        for text in texts
+    ]
+    behaviour.verify(samples)
     # a reward of one's own in place of the style; the style says what was said
     assert judge.calls == [("submit", [(text, "0", "mine:exact") for text in texts[:3]])]
-    assert {(s.version, s.prompt_index) for s in (a, b, c, d)} == {(3, 17)}
-    assert [s.reward for s in (a, b, c, d)] == [1.0, 0.5, 0.0, 0.0]
-    assert [s.reason for s in (a, b, c, d)] == [None, None, "no_box", "truncated"]
+    assert [(s.reward, s.reason) for s in samples] == [*verdicts, (0.0, "truncated")]
     assert a.said == b.said == canonical(r"\frac{1}{2}") and c.said is None
-    assert [s.reflects for s in (a, b, c, d)] == [True, False, False, True]
-
-
-def test_every_response_of_a_run_has_a_seed_of_its_own(monkeypatch):
-    """Over runs, steps, prompts and samples."""
-    everything = Has(submit=lambda items: Has(result=lambda: [(0.0, None)] * len(items)))
-    seeds = []
-    for seed in (0, 1):
-        engine = Scripted("a")
-        behaviour = scripted(monkeypatch, engine, everything, group_size=4)
-        behaviour.cfg.seed = seed
-        for step in (1, 2, 3):
-            behaviour.rollouts(POLICY, step, ASKED)
-        assert engine.versions == [0, 1, 2]
-        seeds += engine.seeds
-    assert len(set(seeds)) == len(seeds) == 2 * 3 * 5 * 4
+    assert [s.reflects for s in samples] == [True, False, False, True]
 
 
 # ---- records
@@ -379,11 +314,14 @@ def recorded(folder):
     return Recorded(Has(replay=folder), None, None)
 
 
-def test_a_record_is_what_was_rolled_out(one, two, folder):
+def test_rollouts_are_the_same_on_every_rank_of_any_number_and_in_a_record(one, two, folder):
+    """But for rounding: the weights come from an update by as many ranks."""
+    groups = one["colocated"]["groups"]
+    for rank, tp in itertools.product(two, (1, 2)):
+        assert alike(groups, rank[tp]["colocated"]["groups"], 1e-4)
     for seen, name in ((one, "run-1-1"), (two[0][1], "run-2-1"), (two[0][2], "run-2-2")):
         behaviour = recorded(folder / name / "rollouts")
-        groups = behaviour.rollouts(None, 8, ASKED)
-        assert alike(groups, seen["colocated"]["groups"])
+        assert alike(behaviour.rollouts(None, 8, ASKED), seen["colocated"]["groups"])
         assert [p.name for p in behaviour.folder.iterdir()] == ["step_000008.pt"]
     assert behaviour.writer(None) is None and behaviour.evaluate(None, 8, None) is None
 
@@ -395,20 +333,18 @@ def run(tmp_path):
     for index, problem in ASKED[:2]:
         known = dict(version=2, prompt_index=index, answer=problem["answer"], truncated=False)
         prompt, response = torch.tensor(problem["prompt_ids"]), torch.arange(3)
-        groups.append([Sample(prompt, response, torch.zeros(3), **known) for _ in range(2)])
+        groups.append([Sample(prompt, response, torch.zeros(3), **known)] * 2)
     record(tmp_path, 3, groups)
     return tmp_path / "rollouts"
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [ASKED[:1], ASKED[:3], ASKED[1::-1], [ASKED[0], (99, ASKED[1][1])], [(17, ASKED[1][1])] * 2],
-    ids=["fewer", "more", "another order", "another position", "another text"],
-)
-def test_a_record_of_other_prompts_is_refused(run, asked):
-    assert len(recorded(run).rollouts(None, 3, ASKED[:2])) == 2
-    with pytest.raises(ValueError, match="^--replay: .*step_000003.pt answers other prompts"):
-        recorded(run).rollouts(None, 3, asked)
+def test_a_record_of_other_prompts_is_refused(run):
+    a, b, c = ASKED[:3]
+    assert len(recorded(run).rollouts(None, 3, [a, b])) == 2
+    # fewer, more, another order, position, text
+    for asked in ([a], [a, b, c], [b, a], [a, (99, b[1])], [a, (18, c[1])]):
+        with pytest.raises(ValueError, match="^--replay: .*step_000003.pt answers other prompts"):
+            recorded(run).rollouts(None, 3, asked)
 
 
 class Harm:
@@ -418,24 +354,18 @@ class Harm:
         return exec, ("raise SystemExit",)
 
 
-def spoil(path, how):
-    plain = torch.load(path, weights_only=True)
-    if how == "cut":
-        path.write_bytes(path.read_bytes()[:-200])
-    elif how == "text":
-        path.write_text("two\nlines")
-    elif how == "harm":
-        torch.save([[Harm()]], path)
-    elif how == "gone":
-        path.unlink()
-    else:
-        changed = {"shape": {"groups": plain}, "names": [[{"x": 1}]], "types": [[3]]}
-        torch.save(changed[how], path)
+SPOILT = {"harm": [[Harm()]], "shape": {"groups": []}, "names": [[{"x": 1}]], "types": [[3]]}
 
 
-@pytest.mark.parametrize("how", ["cut", "text", "harm", "gone", "shape", "names", "types"])
+@pytest.mark.parametrize("how", ["cut", "text", "gone", *SPOILT])
 def test_a_record_that_cannot_be_read_is_one_line(run, how):
-    spoil(run / "step_000003.pt", how)
+    path = run / "step_000003.pt"
+    whole = path.read_bytes()
+    path.unlink()
+    if how in SPOILT:
+        torch.save(SPOILT[how], path)
+    elif how != "gone":
+        path.write_bytes(whole[:-200] if how == "cut" else b"two\nlines")
     with pytest.raises(ValueError) as raised:
         recorded(run).rollouts(None, 3, ASKED[:2])
     text = str(raised.value)
