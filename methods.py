@@ -24,7 +24,7 @@ import torch
 from advantage import gae, group_advantages, vtrace, whiten
 from family.ratios import truncated
 from infra import config, memory
-from infra.config import AUTHORS, INFERRED, PAPER, ConfigError, flag
+from infra.config import AUTHORS, INFERRED, PAPER, ConfigError, flag, need
 from loss import entropy_bonus, kl, kl_convex, kl_lambda, mix_ppg, ppo, value_loss
 
 # What the value of a cell's flag calls.
@@ -211,11 +211,6 @@ class Method:
     def check(self):
         """Raise ConfigError for what cannot work and for typed numbers that nothing reads."""
         cfg = self.cfg
-
-        def need(fine, message):
-            if not fine:
-                raise ConfigError(message)
-
         need(cfg.p < 1, f"--p is {cfg.p}: the share of history must lie in [0, 1)")
         need(
             self.plan(1).fresh >= 1,

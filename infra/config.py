@@ -250,6 +250,7 @@ def saved_values(out):
 
 
 def need(fine, message):
+    """Raise ConfigError with the message unless `fine`."""
     if not fine:
         raise ConfigError(message)
 
@@ -266,7 +267,6 @@ def check_bounds(cfg, flags):
 
 def check(cfg, flags, world=1):
     """Raise ConfigError for values that cannot work. `world` is the number of ranks."""
-
     check_bounds(cfg, flags)
     need(
         cfg.replay or world % cfg.tp == 0,
