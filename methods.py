@@ -147,7 +147,6 @@ class Plan:
 
     step: int
     phase: str  # mixed: with history; on-policy
-    remember: bool  # push the fresh groups: a later step may draw them
     first: int  # position of the step's first prompt in the endless stream
     fresh: int  # groups to generate
     history: int  # groups to draw
@@ -162,6 +161,11 @@ class Plan:
     @property
     def version(self):
         return self.step - 1
+
+    @property
+    def remember(self):
+        """Whether the fresh groups are pushed: a later step may draw them."""
+        return self.phase == "mixed"
 
 
 class Method:
@@ -260,7 +264,6 @@ class Method:
         return Plan(
             step=step,
             phase="mixed" if before and cfg.p > 0 else "on-policy",
-            remember=before and cfg.p > 0,
             first=k * cfg.prompts - mixed * share,
             fresh=fresh,
             history=history,

@@ -136,7 +136,7 @@ def test_references_that_are_due():
         assert [one.plan(t).references["prev"] for t in (1, 2, 3)] == versions
         assert one.plan(3).keep_old == (anchor == "prev")
     one = method("--algo remix-ppo --beta 0", lambda_start=0)
-    assert one.plan(9).references == {} and not one.plan(9).keep_old and not one.anchors
+    assert one.plan(9).references == {} and not one.plan(9).keep_old and not one.frozen
     assert method("--algo mix-ppo").plan(99).references == {"base": 0}
 
 
@@ -160,8 +160,8 @@ def test_rows(algo, advantage, p, utd, reincarnate, floor):
     assert found == (advantage, p, utd, reincarnate, floor, 8 if advantage == "group" else 1)
     assert settings(f"--algo {algo}").prompts <= 64  # it has a toy too
     # what a run computes follows from what its functions read
-    assert one.critic == ("values" in one.reads()) == (advantage == "gae")
-    assert one.anchors == ([] if algo == "decoupled" else ["base"])
+    assert one.critic == ("values" in one.reads) == (advantage == "gae")
+    assert one.frozen == ([] if algo == "decoupled" else ["base"])
     assert any("prev" in one.plan(t).references for t in range(1, 200)) == (floor < 1)
 
 
@@ -334,7 +334,7 @@ WEIGHT = {
 }
 
 
-LOSS = "--beta 0.5 --entropy 0.25 --clip_high 0.3 --max_response 50"
+LOSS = "--beta 0.5 --lambda_floor 0.5 --entropy 0.25 --clip_high 0.3 --max_response 50"
 LIMITS = "--mismatch truncated --mismatch_high 1.1 --correct_low 0.6 --correct_high 1.3"
 
 
