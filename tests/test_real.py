@@ -59,7 +59,8 @@ def runs(hub, small_model, problems_file, tmp_path_factory):
     served, folder = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("runs")
     for name, kind in KINDS.items():
         random_model(kind, served / name, small_model)
-        hub.add("models", data.full_name(name), served / name)
+        owner = next(owner for start, owner in data.OWNERS.items() if name.startswith(start))
+        hub.add("models", f"{owner}/{name}", served / name)
     rows = [json.loads(line) | {"solution": ""} for line in open(problems_file, encoding="utf-8")]
     (served / "data").mkdir()
     (served / "data" / "deepscaler.json").write_text(json.dumps(rows))
