@@ -135,7 +135,9 @@ def look_back(batch, learners, snapshots, behaviour, plan):
     for name, version in plan.references.items():
         column = []
         for sample, logp in zip(batch.samples, old):
-            known = {sample.version: sample.logp_behavior, plan.version: logp}.get(version)
+            # of a writer that is not π_v in full nothing is known
+            wrote = {sample.version: sample.logp_behavior} if writer is None else {}
+            known = (wrote | {plan.version: logp}).get(version)
             kept = getattr(sample, f"logp_{name}", None)
             column.append(known if kept is None else kept)
         unknown = [i for i, logp in enumerate(column) if logp is None]

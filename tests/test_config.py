@@ -103,8 +103,10 @@ def test_the_correction_of_the_engine_follows_the_type_of_computation():
         ("--dtype float32 --mismatch truncated", "truncated"),
         ("--dtype bfloat16 --mismatch none", "none"),
     ):
-        assert parsed(flags).mismatch == mismatch
-    assert parsed("--dtype bfloat16").mismatch_high == 2.0
+        assert parsed(f"--model m {flags}").mismatch == mismatch
+    assert parsed("--model m --dtype bfloat16").mismatch_high == 2.0
+    assert parsed("--model m --dtype float32 --mismatch_high 3").mismatch == "truncated"
+    assert parsed("--dtype bfloat16").mismatch == "none"  # the toy's row
 
 
 def test_every_flag_is_in_the_help(capsys):

@@ -28,14 +28,16 @@ KINDS = {
     "DeepSeek-R1-Distill-Qwen-7B": "qwen2",
 }
 SMALLER = (
-    "--steps 2 --prompts 6 --minibatch 3 --max_prompt 160 --max_response 16 --lambda_start 1 "
-    "--lambda_every 1 --entropy 1 --lr 1e-3 --threads 1"
+    "--steps 2 --prompts 6 --minibatch 3 --max_prompt 160 --max_response 16 --entropy 1 --lr 1e-3 "
+    "--threads 1"
 ).split()
 
 
 def flags_of(line):
     flags = [*shlex.split(line.partition("train.py")[2]), *SMALLER]
     flags += ["--held_out", "2", "--eval_every", "2"] if "--held_out" in flags else []
+    algo = config.parse(flags, methods.NUMBERS, methods.ROWS).algo
+    flags += ["--lambda_start", "1", "--lambda_every", "1"] if "remix" in algo else []
     return flags + (["--dtype", "bfloat16"] if "Llama" in line else [])
 
 

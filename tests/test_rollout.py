@@ -17,7 +17,7 @@ from buffer import Sample
 from conftest import command
 from infra.toy import make_tokenizer
 from reward import canonical
-from rollout import Recorded, as_response, check_record, record, request_seed
+from rollout import Recorded, as_response, check_record, request_seed, write_record
 
 EOS = 1
 
@@ -311,7 +311,7 @@ def test_what_is_noted_of_a_response(monkeypatch):
 
 def recorded(folder):
     """Recorded without engine, judge, task or ranks."""
-    return Recorded(Has(replay=folder), None, None)
+    return Recorded(Has(replay=folder))
 
 
 def test_rollouts_are_the_same_on_every_rank_of_any_number_and_in_a_record(one, two, folder):
@@ -326,6 +326,9 @@ def test_rollouts_are_the_same_on_every_rank_of_any_number_and_in_a_record(one, 
     assert behaviour.writer(None) is None and behaviour.evaluate(None, 8, None) is None
 
 
+HOW = dict(dtype="float32", temperature=1.0, group_size=2)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run folder with a record of step 3: two groups of two."""
@@ -334,7 +337,7 @@ def run(tmp_path):
         known = dict(version=2, prompt_index=index, answer=problem["answer"], truncated=False)
         prompt, response = torch.tensor(problem["prompt_ids"]), torch.arange(3)
         groups.append([Sample(prompt, response, torch.zeros(3), **known)] * 2)
-    record(tmp_path, 3, groups)
+    write_record(Has(out=tmp_path, **HOW), 3, groups)
     return tmp_path / "rollouts"
 
 
@@ -374,9 +377,12 @@ def test_a_record_that_cannot_be_read_is_one_line(run, how):
 
 def test_check_record_names_the_first_step_that_is_missing(run):
     with pytest.raises(ValueError, match="no step 1 of the 3 of --steps.*--dump_rollouts"):
-        check_record(Has(replay=run, steps=3))
+        check_record(Has(replay=run, steps=3, **HOW))
     for step in (1, 2):
-        record(run.parent, step, [])
-    check_record(Has(replay=run, steps=3))
+        write_record(Has(out=run.parent, **HOW), step, [])
+    check_record(Has(replay=run, steps=3, **HOW))
     with pytest.raises(ValueError, match="no step 4"):
-        check_record(Has(replay=run, steps=4))
+        check_record(Has(replay=run, steps=4, **HOW))
+    for name, other in dict(dtype="bfloat16", temperature=0.6, group_size=4).items():
+        with pytest.raises(ValueError, match=f"was recorded with --{name} {HOW[name]}: say so"):
+            check_record(Has(replay=run, steps=3, **HOW | {name: other}))

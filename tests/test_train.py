@@ -237,7 +237,10 @@ def shards(folder, step, tmp_path):
 
 
 def policy_weights(state):
-    return {name.removeprefix("lm."): tensor for name, tensor in state["policy"]["model"].items()}
+    return {
+        name.removeprefix("lm."): tensor
+        for name, tensor in state["policy"]["model_state_dict"].items()
+    }
 
 
 def test_base_and_precedent_in_the_shards_of_a_run(real_run, guesser, tmp_path):
