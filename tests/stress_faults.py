@@ -15,10 +15,10 @@ import time
 
 import pytest
 import torch
-from test_checkpoint import equal
 
 from conftest import Running, command, comparable, gone, metrics_of
 from infra import checkpoint, toy
+from test_checkpoint import equal
 
 FLAGS = (
     "--p 0.6 --window 2 --minibatch 8 --reincarnate 4 --lambda_start 1 --lambda_every 1 "

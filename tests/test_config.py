@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command
 
 import methods
 import train
+from conftest import command
 from infra import config
 from infra.config import DEEPSCALER, FLAGS, PRESETS, ConfigError, check_vllm, values_of
 from infra.metrics import open_run

@@ -20,7 +20,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from test_reward import benchmark_folder
 
 import eval as module
 from conftest import ROOT, command, random_model
@@ -29,6 +28,7 @@ from infra import data
 from infra.ranks import Ranks
 from reward import Judge
 from rollout import request_seed
+from test_reward import benchmark_folder
 
 GENERATOR = r'''
 """eval.py with a generator of known answers: `python script FLAGS`.

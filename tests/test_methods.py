@@ -9,6 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+
+import methods
+import train
+from advantage import group_advantages
+from buffer import Batch, RingBuffer
 from by_hand import (
     ALONE,
     TOKENS,
@@ -21,14 +29,6 @@ from by_hand import (
     sample,
     settings,
 )
-from hypothesis import given
-from hypothesis import settings as hypothesis
-from hypothesis import strategies as st
-
-import methods
-import train
-from advantage import group_advantages
-from buffer import Batch, RingBuffer
 from infra import checkpoint, guards, metrics
 from infra.config import ConfigError, flag
 from infra.metrics import Meter

@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+import train
+from buffer import Batch
 from by_hand import (
     ALONE,
     TOKENS,
@@ -20,9 +23,6 @@ from by_hand import (
     settings,
     value_loss_of,
 )
-
-import train
-from buffer import Batch
 from conftest import metrics_of
 from infra import metrics
 from infra.metrics import METRICS, Meter, Recorder, console_line, step_metrics, truncate

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workers import ROWS, SCALE, STEP, UPDATES, VOCAB, config, load_batch, tiny_model, value_weight
 
 from buffer import Batch, Sample
 from conftest import command
 from loss import kl_convex, mix_ppg, ppo, value_loss
 from model import Critic, Policy, collate, deal
+from workers import ROWS, SCALE, STEP, UPDATES, VOCAB, config, load_batch, tiny_model, value_weight
 
 LENGTHS = [(3, 5), (1, 9), (6, 1), (2, 2), (4, 9), (1, 1), (5, 7)]  # prompt, response (tokens)
 TOKENS = sum(t for _, t in LENGTHS)

@@ -12,9 +12,9 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, command, metrics_of, random_model
 
 import methods
+from conftest import ROOT, command, metrics_of, random_model
 from infra import config, data
 
 PAGE = (ROOT / "docs" / "gpus.md").read_text(encoding="utf-8")

@@ -9,15 +9,15 @@ from types import SimpleNamespace as Has
 
 import pytest
 import torch
-from conftest import command
 from transformers import AutoModelForCausalLM
-from workers import ASKED, LENGTH, PROMPTS, Noted, make_colocated, tiny_model
 
 import rollout
 from buffer import Sample
+from conftest import command
 from infra.toy import make_tokenizer
 from reward import canonical
 from rollout import Recorded, as_response, check_record, request_seed, write_record
+from workers import ASKED, LENGTH, PROMPTS, Noted, make_colocated, tiny_model
 
 EOS = 1
 

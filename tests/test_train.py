@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Running, command, comparable, gone, metrics_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import methods
+from conftest import Running, command, comparable, gone, metrics_of
 from infra import checkpoint, config, data, toy
 from infra.metrics import METRICS
 
