@@ -8,6 +8,7 @@ can import what only engines and judges need.
 """
 
 import contextlib
+import gc
 import json
 import math
 import shutil
@@ -46,6 +47,7 @@ class Runs:
                 self.ended[name] = self.train.main(argv)
             except (RuntimeError, ValueError) as error:
                 self.ended[name] = f"{type(error).__name__}: {error}"
+        gc.collect()  # engines are cycles, each with a cache of 1 GiB
 
 
 def algorithms(run, flags):
