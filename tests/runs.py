@@ -8,11 +8,11 @@ can import what only engines and judges need.
 """
 
 import contextlib
-import gc
 import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -30,24 +30,35 @@ class Runs:
     """Runs in one process group, each with what it ended with."""
 
     def __init__(self, folder):
+        import rollout
         import train
 
         self.train, self.folder, self.ended, self.ranks = train, folder, {}, train.start(1)
         train.start, train.stop = lambda *_: self.ranks, lambda: None
+        self.Engine, self.engines = rollout.Engine, {}
 
     def __call__(self, name, *flags, **sabotage):
         """Run train.py with flags; sabotage: "module.name" -> what replaces it meanwhile."""
         if self.ranks.first:
             print(f"== {name}", flush=True)
-        argv = [*map(str, flags), "--out", str(self.folder / name)]
+        argv = ["train.py", *map(str, flags), "--out", str(self.folder / name)]
+        sabotage = {"sys__argv": argv, "rollout__Engine": self.engine} | sabotage
         with contextlib.ExitStack() as stack:
             for target, value in sabotage.items():
                 stack.enter_context(mock.patch(target.replace("__", "."), value))
             try:
-                self.ended[name] = self.train.main(argv)
+                self.ended[name] = self.train.main()
             except (RuntimeError, ValueError) as error:
                 self.ended[name] = f"{type(error).__name__}: {error}"
-        gc.collect()  # engines are cycles, each with a cache of 1 GiB
+
+    def engine(self, folder, max_len, cfg, ranks, kind=None, **how):
+        """The real engine, one for all runs of a model: each takes a start, and 1 GiB of cache."""
+        key = folder, max_len, cfg.dtype
+        if key not in self.engines:
+            self.engines[key] = self.Engine(folder, max_len, cfg, ranks, **how)
+        found = self.engines[key]
+        found.__class__, found.version = kind or self.Engine, None
+        return found
 
 
 def algorithms(run, flags):
@@ -56,13 +67,21 @@ def algorithms(run, flags):
         run(name, *values)
 
 
+def evaluations(run, flags):
+    """An evaluation for each entry of a JSON file, name -> flags of eval.py."""
+    import eval
+
+    eval.ranks.start, eval.ranks.stop = lambda *_: run.ranks, lambda: None
+    for name, values in json.loads(flags.read_text()).items():
+        print(f"== {name}", flush=True)
+        run.ended[name] = eval.main(values)
+
+
 def engine(run, _):
     """With vLLM: a recorded run; engines that keep old weights; responses that are all cut."""
-    from rollout import Engine
-
     run("recorded", *RECORDED)
 
-    class Stale(Engine):  # takes new weights, and does not load them
+    class Stale(run.Engine):  # takes new weights, and does not load them
         def update(self, version, tensors, expected):
             if self.version is None:
                 return super().update(version, tensors, expected)
@@ -75,8 +94,8 @@ def engine(run, _):
             if self.version is None:
                 super().update(version, tensors, expected)
 
-    run("stale", *QUIET, rollout__Engine=Stale)
-    run("late", *QUIET, rollout__Engine=Late)
+    run("stale", *QUIET, rollout__Engine=partial(run.engine, kind=Stale))
+    run("late", *QUIET, rollout__Engine=partial(run.engine, kind=Late))
     run("cut", *QUIET, "--max_response", 2, infra__guards__NOTHING_LEARNED=2)
 
 
@@ -138,13 +157,13 @@ def apart(run, recorded):
     run("data", *flags, infra__toy__problems=lambda split: problems(split)[rank:])
 
 
+JOBS = algorithms, evaluations, engine, replayed, apart
+
 if __name__ == "__main__":
     name, folder, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if name in ("replayed", "apart"):
         sys.modules |= dict.fromkeys(LAPTOP)
     run = Runs(folder)
-    {"algorithms": algorithms, "engine": engine, "replayed": replayed, "apart": apart}[name](
-        run, source
-    )
+    {job.__name__: job for job in JOBS}[name](run, source)
     (folder / f"{name}-{run.ranks.rank}.json").write_text(json.dumps(run.ended))
     sys.stdout.flush()

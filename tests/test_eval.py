@@ -1,8 +1,7 @@
 """eval.py as a whole. With a generator whose right answers are known, the scores must be exactly
 theirs; then the real engine on every benchmark.
 
-The generator stands in the engine's place in a real process of eval.py: prompts, judging, files and
-scores are the real ones.
+The generator stands in the engine's place: prompts, judging, files and scores are the real ones.
 """
 
 import contextlib
@@ -13,10 +12,12 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
@@ -30,48 +31,45 @@ from reward import Judge
 from rollout import request_seed
 from test_reward import benchmark_folder
 
-GENERATOR = r'''
-"""eval.py with a generator of known answers: `python script FLAGS`.
-
-It gives the gold answer to the problems of ANSWERS (start of the problem -> [answer, share of its
-samples]), and cycles through four wrong responses elsewhere. STOP: die like a killed process at
-that request. Logs its requests."""
-import json, os, signal, sys
-sys.path.insert(0, ROOT)
-import torch, eval
-from infra import data
-
 WRONG = ["no box", r"\boxed{-77}", r"\boxed{}", "long"]
 
+
 class Generator:
+    """In the engine's place: gives the gold answer to the problems of `answers` (start of the
+    problem -> [answer, share of its samples]), and cycles through four wrong responses elsewhere.
+    Notes what it is asked; dies like a killed process at the request number `stop`."""
+
+    answers, stop, requests = {}, None, []
+
     def __init__(self, folder, max_len, cfg, ranks, version=None, stop=()):
         self.ranks, self.tp, self.max_len = ranks, cfg.tp, max_len
         self.tokenizer, self.asked = data.load_tokenizer(folder), 0
 
     def generate(self, prompts, seeds, version, temperature, max_tokens):
-        with open(os.environ["LOG"], "a") as log:
-            print(json.dumps([len(prompts), temperature, max_tokens, self.max_len]), file=log)
-        if len(seeds) != len(set(seeds)):
-            raise SystemExit("two requests share a seed")
-        answers, found = json.load(open(os.environ["ANSWERS"])), []
+        self.requests.append((len(prompts), temperature, max_tokens))
+        assert len(seeds) == len(set(seeds)), "two requests share a seed"
+        found = []
         for ids, seed in zip(prompts, seeds):
             self.asked += 1
-            if self.asked == int(os.environ.get("STOP", 0)):
+            if self.asked == self.stop:
                 os.kill(os.getpid(), signal.SIGKILL)
             prompt = self.tokenizer.decode(ids)
-            gold, share = next(pair for key, pair in answers.items() if key in prompt)
+            gold, share = next(pair for key, pair in self.answers.items() if key in prompt)
             right = seed % 1000 < share * 1000
             text = "so</think> " + (r"\boxed{" + gold + "}" if right else WRONG[len(ids) % 4])
             response = torch.tensor(self.tokenizer.encode(text))
             found.append(dict(response=response, truncated=text.endswith("long")))
         return found
 
-for name, digest in json.loads(os.environ.get("DIGESTS", "{}")).items():
-    data.SOURCES[name] = ("", digest)  # of benchmarks made for a test
-eval.Engine = Generator
-eval.CHUNK = int(os.environ.get("CHUNK", eval.CHUNK))
-eval.main(sys.argv[1:])
-'''
+
+# eval.py with the generator in a process of its own, to be killed: `python -c KILLED FLAGS`
+KILLED = """
+import json, os, sys
+import eval, test_eval
+test_eval.Generator.answers = json.loads(sys.argv[1])
+test_eval.Generator.stop, eval.CHUNK, eval.Engine = 200, 80, test_eval.Generator
+eval.main(sys.argv[2:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,26 +84,14 @@ def hundred(problems_file, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def generate(tmp_path, hundred, small_model):
-    """generate(flags, shares, **environment) -> CompletedProcess of eval.py with the generator;
-    shares: of right samples for each of the 100."""
-    script, log, answers = (tmp_path / name for name in ("generator.py", "log", "answers.json"))
-    script.write_text(f"ROOT = {str(ROOT)!r}\n" + GENERATOR)
-
-    def run(flags, shares, **environment):
-        known = {}
-        for problem, share in zip(data.load_problems(hundred), shares):
-            known[f"{problem['problem'].partition('.')[0]}."] = [problem["answer"], share]
-        answers.write_text(json.dumps(known))
-        log.write_text("")
-        ours = {"OMP_NUM_THREADS": "1", "ANSWERS": str(answers), "LOG": str(log)}
-        how = dict(capture_output=True, text=True, cwd=tmp_path, timeout=600)
-        line = [sys.executable, script, "--model", small_model, *flags]
-        return subprocess.run(list(map(str, line)), env=os.environ | ours | environment, **how)
-
-    run.requests = lambda: [json.loads(line) for line in log.read_text().splitlines()]
-    return run
+@pytest.fixture(scope="module")
+def alone():
+    """This process as the one rank of a group, as eval.py makes it."""
+    with mock.patch.dict(os.environ):
+        me = module.ranks.start(1)
+    with mock.patch.multiple(module.ranks, start=lambda _: me, stop=lambda: None):
+        yield
+    module.ranks.stop()
 
 
 @pytest.fixture
@@ -122,6 +108,31 @@ def inline(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def generate(alone, inline, hundred, small_model, monkeypatch):
+    """generate(*flags, shares=…, chunk=…) -> as inline, with the generator; shares: of right
+    samples for each of the 100."""
+    monkeypatch.setattr(module, "Engine", Generator)
+    monkeypatch.setattr(Generator, "requests", [])
+
+    def run(*flags, shares, chunk=None):
+        monkeypatch.setattr(Generator, "answers", answers(hundred, shares))
+        monkeypatch.setattr(module, "CHUNK", chunk or module.CHUNK)
+        Generator.requests.clear()
+        data._template.cache_clear()
+        return inline("--model", small_model, *flags)
+
+    return run
+
+
+def answers(path, shares):
+    """What the generator knows of the problems in a file."""
+    problems = data.load_problems(path)
+    return {
+        f"{p['problem'].partition('.')[0]}.": [p["answer"], s] for p, s in zip(problems, shares)
+    }
 
 
 def refused(error, why):
@@ -142,9 +153,9 @@ def results(folder):
 
 def test_37_of_100_score_37(generate, hundred, tmp_path):
     shares, name = known(37), str(hundred)
-    done = generate(["--benchmarks", hundred, "--k", 2, "--out", tmp_path / "out"], shares)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"hundred\.jsonl +100 +2 +37\.00 ", done.stdout)
+    flags = "--benchmarks", hundred, "--k", 2, "--out", tmp_path / "out"
+    code, out, _ = generate(*flags, shares=shares)
+    assert code == 0 and re.search(r"hundred\.jsonl +100 +2 +37\.00 ", out)
     found, rows = results(tmp_path / "out")
     score = found["scores"][name]
     assert score["pass@1"] == pytest.approx(0.37, abs=1e-12) == score["maj@k"]
@@ -174,8 +185,8 @@ def test_37_of_100_score_37(generate, hundred, tmp_path):
 def test_partial_problems_and_the_comparison(generate, inline, hundred, tmp_path):
     """Eight samples of which a share is right; two evaluations set side by side by --compare."""
     for name, shares in (("a", [0.5] * 50 + [0.0] * 50), ("b", [0.9] * 50 + [0.0] * 50)):
-        done = generate(["--benchmarks", hundred, "--k", 8, "--out", tmp_path / name], shares)
-        assert done.returncode == 0, done.stderr[-2000:]
+        flags = "--benchmarks", hundred, "--k", 8, "--out", tmp_path / name
+        assert generate(*flags, shares=shares)[0] == 0
     found, rows = results(tmp_path / "a")
     score, right = found["scores"][str(hundred)], dict.fromkeys((row["id"] for row in rows), 0)
     for row in rows:
@@ -188,32 +199,43 @@ def test_partial_problems_and_the_comparison(generate, inline, hundred, tmp_path
     assert "+0.00" in inline("--compare", tmp_path / "a", tmp_path / "a")[1]
 
 
-def test_an_interrupted_evaluation_goes_on(generate, inline, hundred, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_goes_on(
+    generate, inline, hundred, small_model, tmp_path, monkeypatch
+):
     """Killed in its third chunk, with a half-written line added: what was on disk is not generated
-    again, and nothing else differs."""
-    shares, flags = known(37), ["--benchmarks", hundred, "--k", 3, "--max_response", 77]
+    again, and nothing else differs. Other settings are another evaluation."""
+    template, shares = tmp_path / "template.txt", known(37)
+    template.write_text("{problem} <think>")
+    flags = ["--benchmarks", hundred, "--k", 3, "--max_response", 77, "--template", template]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert generate([*flags, "--out", whole], shares, CHUNK="80").returncode == 0
-    assert [n for n, *_ in generate.requests()] == [80, 80, 80, 60]
-    killed = generate([*flags, "--out", broken], shares, CHUNK="80", STOP="200")
-    assert killed.returncode == -9 and not (broken / "results.json").exists()
+    assert generate(*flags, "--out", whole, shares=shares, chunk=80)[0] == 0
+    assert [n for n, *_ in Generator.requests] == [80, 80, 80, 60]
+    killed = [json.dumps(answers(hundred, shares)), "--model", small_model, *flags, "--out", broken]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", KILLED, *map(str, killed)]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode == -9
     rows = (broken / "samples.jsonl").read_text()
     assert rows.count("\n") == 160 and (whole / "samples.jsonl").read_text().startswith(rows)
+    assert not (broken / "results.json").exists()
     with open(broken / "samples.jsonl", "a") as file:
         file.write('{"part": "x", "id": "p1", "resp')
     code, _, error = inline("--rejudge", broken)
     assert code == 2 and refused(error, "holds 160 of 300 responses")
     assert not (broken / "rejudged").exists()
-    other = generate([*flags, "--k", 4, "--out", broken], shares)
-    assert other.returncode == 2 and refused(other.stderr, "they differ in k: 3 and 4")
-    resumed = generate([*flags, "--out", broken], shares, CHUNK="80")
-    assert resumed.returncode == 0 and "going on after 160 responses" in resumed.stdout
-    assert sum(n for n, *_ in generate.requests()) == 140
+    code, _, error = generate(*flags, "--k", 4, "--out", broken, shares=shares)
+    assert code == 2 and refused(error, "they differ in k: 3 and 4")
+    template.write_text("{problem} Now: <think>")  # the file's name is the same
+    code, _, error = generate(*flags, "--out", broken, shares=shares)
+    assert code == 2 and refused(error, "they differ in prompts: ")
+    template.write_text("{problem} <think>")
+    code, out, _ = generate(*flags, "--out", broken, shares=shares, chunk=80)
+    assert code == 0 and "going on after 160 responses" in out
+    assert sum(n for n, *_ in Generator.requests) == 140
     assert (broken / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     (a, _), (b, _) = results(whole), results(broken)
     assert (a["scores"], a["problems"]) == (b["scores"], b["problems"])
-    again = generate([*flags, "--out", broken], shares)
-    assert again.returncode == 2 and refused(again.stderr, "already holds results")
+    code, _, error = generate(*flags, "--out", broken, shares=shares)
+    assert code == 2 and refused(error, "already holds results")
     # judged again: the same; with one response changed, one verdict; with a reward of one's own
     code, out, _ = inline("--rejudge", broken)
     assert code == 0 and "0 of 300 verdicts changed" in out
@@ -238,17 +260,6 @@ def test_an_interrupted_evaluation_goes_on(generate, inline, hundred, tmp_path, 
     assert settings == json.loads((own / "settings.json").read_text())
 
 
-def test_a_changed_template_is_another_evaluation(generate, hundred, tmp_path):
-    """The file's name is the same, the prompts are not."""
-    template = tmp_path / "template.txt"
-    template.write_text("{problem} <think>")
-    flags = ["--benchmarks", hundred, "--template", template, "--out", tmp_path / "out"]
-    assert generate(flags, known(37), CHUNK="40", STOP="90").returncode == -9
-    template.write_text("{problem} Now: <think>")
-    done = generate(flags, known(37))
-    assert done.returncode == 2 and refused(done.stderr, "they differ in prompts: ")
-
-
 def test_two_evaluations_do_not_write_to_one_folder(inline, tmp_path, monkeypatch):
     """The second waits for the first; when that has ended with results, it says so."""
 
@@ -268,21 +279,22 @@ def test_a_reward_that_fails_is_tried_first(tmp_path):
     assert done.returncode == 2 and refused(done.stderr, "ZeroDivisionError") and not out.exists()
 
 
-def test_the_papers_protocol(generate, hundred, small_model, tmp_path):
+def test_the_papers_protocol(generate, hundred, small_model, tmp_path, monkeypatch):
     """Greedy once and T = 0.1; 32 samples on AIME and AMC alone; 8192 tokens; set beside the
     published rows of the same base model."""
-    model, digests, shares = tmp_path / "DeepSeek-R1-Distill-Qwen-1.5B", {}, known(50)
+    model, shares = tmp_path / "DeepSeek-R1-Distill-Qwen-1.5B", known(50)
     shutil.copytree(small_model, model)
     for name in ("aime24", "amc"):
         path, lines = tmp_path / f"{name}.jsonl", hundred.read_text().splitlines(keepends=True)
         path.write_text("".join(lines[: data.BENCHMARKS[name]]))
-        digests[name] = data.content(data.load_problems(path))
+        digest = data.content(data.load_problems(path))
+        monkeypatch.setitem(data.SOURCES, name, ("", digest))
     flags = ["--model", model, "--preset", "paper", "--benchmarks", f"aime24,amc,{hundred}"]
     flags += ["--data_dir", tmp_path, "--out", tmp_path / "out"]
-    done = generate(flags, shares, DIGESTS=json.dumps(digests), CHUNK="4000")
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, out, _ = generate(*flags, shares=shares, chunk=4000)
+    assert code == 0
     aime, amc = (f"{sum(shares[:n]) / n * 100:.2f}" for n in (30, 83))
-    lines = done.stdout.splitlines()
+    lines = out.splitlines()
     ours = [line.split()[:5] for line in lines if re.match(r"\S+ (greedy|T=0.1) +\d", line)]
     assert ours == [
         ["aime24", "greedy", "30", "1", aime],
@@ -293,15 +305,15 @@ def test_the_papers_protocol(generate, hundred, small_model, tmp_path):
         [str(hundred), "T=0.1", "100", "1", "50.00"],
     ]
     asked = [30, 960, 83, 2656, 100, 100]
-    assert [n for n, *_ in generate.requests()] == asked
-    assert [how[1:3] for how in generate.requests()] == [[0.0, 8192], [0.1, 8192]] * 3
-    assert "pass@32" in done.stdout and "of 512 ends" in done.stdout
+    assert [n for n, *_ in Generator.requests] == asked
+    assert [how for _, *how in Generator.requests] == [[0.0, 8192], [0.1, 8192]] * 3
+    assert "pass@32" in out and "of 512 ends" in out
     cells = next(line for line in lines if line.startswith("ours: ")).split()
-    assert cells[2:4] == [f"{aime}/{aime}", f"{amc}/{amc}"] and "52.10/" in done.stdout
+    assert cells[2:4] == [f"{aime}/{aime}", f"{amc}/{amc}"] and "52.10/" in out
     less = next(line for line in lines if line.startswith("ours - ReMix"))
     assert f"{float(aime) - 36.67:+.2f}/{float(aime) - 29.08:+.2f}" in less
     flags = ["--preset", "paper", "--benchmarks", hundred, "--out", tmp_path / "b"]
-    assert "published" not in generate(flags, shares).stdout  # another base
+    assert "published" not in generate(*flags, shares=shares)[1]  # another base
 
 
 @pytest.mark.parametrize(
@@ -342,7 +354,7 @@ def test_the_real_engine_on_every_benchmark(small_model, tmp_path):
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     flags = ["--model", model, "--benchmarks", ",".join(names), "--data_dir", folder]
     flags += ["--max_prompt", 4000, "--max_response", 8, "--out", tmp_path / "out"]
-    done = command("eval.py", *flags, ranks=2, timeout=600)
+    done = command("eval.py", *flags, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found, rows = results(tmp_path / "out")
     sizes = {name: score["n"] for name, score in found["scores"].items()}

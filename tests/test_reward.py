@@ -838,12 +838,12 @@ def test_golds_are_right_as_they_stand_and_in_other_words(judge, golds):
 
 
 def test_another_problems_answer_is_wrong(judge, golds):
-    """Three others of the same benchmark per problem, and the number one above."""
+    """Another of the same benchmark per problem, and the number one above."""
     rng, pairs = random.Random(0), []
     for answers in golds.values():
         for i, answer in enumerate(answers):
-            others = rng.sample([j for j in range(len(answers)) if j != i], 3)
-            pairs += [(rng.choice(answers[j]), answer) for j in others]
+            other = rng.choice([j for j in range(len(answers)) if j != i])
+            pairs.append((rng.choice(answers[other]), answer))
             pairs += [
                 (str(int(gold) + 1), [gold]) for gold in answer if re.fullmatch(r"-?\d+", gold)
             ]
@@ -852,7 +852,7 @@ def test_another_problems_answer_is_wrong(judge, golds):
         for box, answer in pairs
         if not any(really_equal(box, gold) for gold in answer)
     ]
-    assert len(pairs) > 4700
+    assert len(pairs) > 2200
     assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got] == []
 
 

@@ -35,6 +35,16 @@ def launched(script, *args, **how):
     return done.stdout
 
 
+def together(folder, runs, job="algorithms", **how):
+    """Runs of one start, one after the other (runs.py): name -> flags. Returns their outputs."""
+    runs = {name: [str(flag) for flag in flags] for name, flags in runs.items()}
+    (folder / "flags.json").write_text(json.dumps(runs))
+    stdout = launched("tests/runs.py", job, folder, folder / "flags.json", timeout=600, **how)
+    for rank in range(how.get("ranks", 1)):
+        assert json.loads((folder / f"{job}-{rank}.json").read_text()) == dict.fromkeys(runs)
+    return {part.partition("\n")[0]: part for part in stdout.split("== ")[1:]}
+
+
 def parsed(flags):
     return config.parse(flags, methods.NUMBERS, methods.ROWS)
 
@@ -112,32 +122,41 @@ EXPECTED = {
 }
 
 
+def flags_of(algo, model, problems):
+    flags = [*COMMON, "--model", model, "--algo", algo, "--data", problems]
+    flags += ["--prompts", 30] if algo.endswith("ppo") else ["--prompts", 10]
+    flags += ["--critic_lr", 3e-4] if algo.endswith("ppo") else []
+    flags += MIXED if sum(EXPECTED[algo][1]) else []
+    return flags + (REMIX if "remix" in algo else []) + ["--tensorboard"] * (algo == "ppo")
+
+
 @pytest.fixture(scope="module")
-def real_run(guesser, easy_problems, problems_file, tmp_path_factory):
-    """real_run(algo) -> (folder, stdout, flags): two ranks, one run after the other (runs.py)."""
-    runs = tmp_path_factory.mktemp("runs")
+def two_ranks(guesser, easy_problems, problems_file, benchmark, tmp_path_factory):
+    """(folder, output by run, flags by run): every row, and `own` (below), on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = {
+        algo: flags_of(algo, guesser, problems_file if algo == "grpo" else easy_problems)
+        for algo in EXPECTED
+    }
+    (folder / "mine.py").write_text(MINE)
+    # so that the guesser knows what to do
+    text = "My way. " + data.TEMPLATES["r1"][0]["content"]
+    (folder / "chat.json").write_text(json.dumps([{"role": "user", "content": text}]))
+    flags["own"] = [*OWN, "--model", guesser, "--data", easy_problems]
+    flags["own"] += ["--template", folder / "chat.json"]
+    flags["own"] += ["--eval_data", f"held_out,{benchmark[0]}", *benchmark[1]]
+    return folder, together(folder, flags, ranks=2, env={"PYTHONPATH": str(folder)}), flags
 
-    def flags_of(algo):
-        problems = problems_file if algo == "grpo" else easy_problems
-        flags = [*COMMON, "--model", str(guesser), "--algo", algo, "--data", str(problems)]
-        flags += ["--prompts", "30"] if algo.endswith("ppo") else ["--prompts", "10"]
-        flags += ["--critic_lr", "3e-4"] if algo.endswith("ppo") else []
-        flags += MIXED if sum(EXPECTED[algo][1]) else []
-        return flags + (REMIX if "remix" in algo else []) + ["--tensorboard"] * (algo == "ppo")
 
-    flags = {algo: flags_of(algo) for algo in EXPECTED}
-    said, how = {}, dict(ranks=2, timeout=600)
-    for half in (
-        list(EXPECTED)[:4],
-        list(EXPECTED)[4:],
-    ):  # memory for all engines is not everywhere
-        (runs / "flags.json").write_text(json.dumps({algo: flags[algo] for algo in half}))
-        stdout = launched("tests/runs.py", "algorithms", runs, runs / "flags.json", **how)
-        for rank in (0, 1):
-            ended = json.loads((runs / f"algorithms-{rank}.json").read_text())
-            assert ended == dict.fromkeys(half)
-        said |= {part.partition("\n")[0]: part for part in stdout.split("== ")[1:]}
-    return lambda algo: (runs / algo, said[algo], [*flags[algo], "--out", str(runs / algo)])
+@pytest.fixture(scope="module")
+def real_run(two_ranks):
+    """real_run(algo) -> (folder, stdout, flags)."""
+    folder, said, flags = two_ranks
+
+    def of(algo):
+        return folder / algo, said[algo], [*map(str, flags[algo]), "--out", str(folder / algo)]
+
+    return of
 
 
 @pytest.mark.parametrize("algo", EXPECTED)
@@ -356,23 +375,17 @@ def benchmark(tmp_path_factory):
 MINE = "def even(response, answer):\n    return 1 if len(response) % 2 == 0 else 0.25\n"
 
 
+OWN = (
+    "--algo ppo --steps 3 --prompts 12 --minibatch 6 --max_prompt 200 --max_response 24 "
+    "--lr 3e-4 --critic_lr 3e-4 --dtype bfloat16 --held_out 10 --eval_every 1 --eval_k 2 "
+    "--save_every 1 --keep 10 --reward mine:even"
+).split()
+
+
 @pytest.fixture(scope="module")
-def own_run(guesser, easy_problems, benchmark, tmp_path_factory):
+def own_run(two_ranks):
     """(folder of the run, its output)."""
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "mine.py").write_text(MINE)
-    # so that the guesser knows what to do
-    text = "My way. " + data.TEMPLATES["r1"][0]["content"]
-    (folder / "chat.json").write_text(json.dumps([{"role": "user", "content": text}]))
-    flags = (
-        "--algo ppo --steps 3 --prompts 12 --minibatch 6 --max_prompt 200 --max_response 24 "
-        "--lr 3e-4 --critic_lr 3e-4 --dtype bfloat16 --held_out 10 --eval_every 1 --eval_k 2 "
-        "--save_every 1 --keep 10 --reward mine:even"
-    ).split()
-    flags += ["--model", guesser, "--data", easy_problems, "--template", folder / "chat.json"]
-    flags += ["--eval_data", f"held_out,{benchmark[0]}", *benchmark[1], "--out", folder / "run"]
-    env = {"PYTHONPATH": str(folder)}
-    return folder / "run", launched("train.py", *flags, ranks=2, env=env)
+    return two_ranks[0] / "own", two_ranks[1]["own"]
 
 
 def test_own_template_and_reward(own_run):
@@ -453,14 +466,11 @@ def toy_runs(tmp_path_factory):
 
     whole: six steps on one rank. half: killed after the fourth, records damaged, resumed to six.
     two: two ranks, their torchrun killed after the fourth step, resumed to five on one rank. other:
-    another seed, stopped by Ctrl-C after the first. four: two machines of two ranks, HSDP.
+    another seed, stopped by Ctrl-C after the first. four: on two machines of two ranks, HSDP, the
+    rollouts of whole.
     """
     toy.model_folder()
     folder = tmp_path_factory.mktemp("toy")
-
-    def run(name, *flags, **how):
-        launched("train.py", *TOY, "--out", folder / name, *flags, **how)
-        return folder / name
 
     def begun(name, after, *flags, **how):
         flags = [*TOY, "--steps", 100, "--out", folder / name, *flags]
@@ -477,8 +487,6 @@ def toy_runs(tmp_path_factory):
             with open(half / name, "a") as file:
                 file.write('{"step": 4, "of": "a life before"}\n{"step": 5, "cut o')
         (half / "checkpoints" / "step_000099.tmp").mkdir()  # what a kill within a save leaves
-        launched("train.py", "--resume", "--out", half, "--steps", 6)
-        return half
 
     def orphaned():
         running = begun("two", 4, "--micro_tokens", 150, "--offload_optimizer", ranks=2)
@@ -486,32 +494,32 @@ def toy_runs(tmp_path_factory):
         os.kill(running.pid, signal.SIGKILL)
         gone(ranks)
         shutil.copytree(folder / "two/checkpoints/step_000003", folder / "two-checkpoint")
-        launched("train.py", "--resume", "--out", folder / "two", "--steps", 5)
-        return folder / "two"
 
     def stopped():
         running = begun("other", 1, "--seed", 1)
         os.kill(running.pid, signal.SIGINT)
         assert running.end() == 0, running.text
-        return folder / "other"
 
     with ThreadPoolExecutor(2) as pool:  # two runs at a time
-        whole, half = pool.submit(run, "whole", "--steps", 6), pool.submit(killed)
-        other, two = pool.submit(stopped), pool.submit(orphaned)
-        runs = dict(whole=whole, half=half, other=other, two=two)
-        runs = {name: future.result() for name, future in runs.items()}
+        for done in [pool.submit(job) for job in (killed, orphaned, stopped)]:
+            done.result()
+    whole = [*TOY, "--steps", 6, "--dump_rollouts"]
+    half, two = (["--resume", "--steps", steps] for steps in (6, 5))
+    together(folder, dict(whole=whole, half=half, two=two))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     several = ["--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     several += ["--master_port", str(port), "--node_rank"]
+    four = [*TOY, "--steps", 3, "--hsdp", "--replay", folder / "whole/rollouts"]
     with ThreadPoolExecutor(2) as pool:
 
         def node(number):
-            return run("four", "--steps", 3, "--hsdp", launcher=[*several, str(number)])
+            launcher = [*several, str(number)]
+            launched("train.py", *four, "--out", folder / "four", launcher=launcher)
 
         list(pool.map(node, (0, 1)))
-    return runs | dict(four=folder / "four")
+    return {name: folder / name for name in ("whole", "half", "two", "other", "four")}
 
 
 def lines_of(folder):
@@ -577,11 +585,12 @@ def test_ranks_nodes_and_micro_batches_train_alike(toy_runs, name, steps):
     two: small micro-batches, the optimiser in host memory, then killed and resumed on one rank.
     """
     one, two = lines_of(toy_runs["whole"])[: steps + 1], lines_of(toy_runs[name])
-    assert [line["step"] for line in two] == list(range(steps + 1))
     if name == "two":  # its last step is evaluated for being the last
         assert two[5]["eval_accuracy"] is not None
         two[5] |= {key: None for key in two[5] if key.startswith("eval_")}
-    for a, b in zip(one, two):
+    else:  # a record is not evaluated
+        one = [line | {k: None for k in line if k.startswith("eval_")} for line in one[1:]]
+    for a, b in zip(one, two, strict=True):
         assert {key: a[key] for key in EXACT} == {key: b[key] for key in EXACT}
         for key in a:
             assert a[key] == b[key] or abs(a[key] - b[key]) < 1e-4, (key, a[key], b[key])
@@ -615,24 +624,21 @@ def results_of(folder):
 
 @pytest.fixture(scope="module")
 def evaluations(toy_runs, own_run, guesser, easy_problems, benchmark, tmp_path_factory):
-    """(stdout, folder) of eval.py on the trained toy, on the best model of a user's own run, and on
-    a benchmark with one rank and with two."""
+    """(stdout, folder) of eval.py on the trained toy, on the best model of a user's own run (its
+    own default folder), and on a benchmark with one rank and with two."""
     out, best = tmp_path_factory.mktemp("eval"), own_run[0] / "best"
     named = ["--model", guesser, "--benchmarks", benchmark[0], *benchmark[1], "--k", 2]
     named += ["--max_prompt", 400, "--max_response", 24, "--out"]
     trained = ["--model", toy_runs["whole"] / "model", "--k", 2, "--temperature", 1, "--out"]
     own = ["--model", best, "--benchmarks", f"{easy_problems},{easy_problems}"]
     own += ["--reward", "mine:even", "--max_prompt", 200, "--max_response", 24]
+    one_rank = dict(own=own, toy=[*trained, out / "toy"], one=[*named, out / "one"])
     env = {"PYTHONPATH": str(own_run[0].parent)}
     with ThreadPoolExecutor(2) as pool:
-        jobs = dict(
-            own=pool.submit(launched, "eval.py", *own, env=env),
-            toy=pool.submit(launched, "eval.py", *trained, out / "toy"),
-            two=pool.submit(launched, "eval.py", *named, out / "two", ranks=2),
-            one=pool.submit(launched, "eval.py", *named, out / "one"),
-        )
-        folders = {name: out / name for name in jobs} | {"own": own_run[0] / "eval-best"}
-        return {name: (job.result(), folders[name]) for name, job in jobs.items()}
+        two = pool.submit(launched, "eval.py", *named, out / "two", ranks=2)
+        said = together(out, one_rank, "evaluations", env=env) | {"two": two.result()}
+    folders = {name: out / name for name in said} | {"own": own_run[0] / "eval-best"}
+    return {name: (said[name], folders[name]) for name in said}
 
 
 def test_eval_on_the_trained_toy(evaluations):
