@@ -14,8 +14,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 from argparse import Namespace
 from unittest import mock
 
@@ -62,13 +60,15 @@ class Generator:
         return found
 
 
-# eval.py with the generator in a process of its own, to be killed: `python -c KILLED FLAGS`
-KILLED = """
-import json, os, sys
+# eval.py with the generator as a program of its own, to be killed or of two ranks:
+# `python FILE ANSWERS STOP FLAGS`
+PROGRAM = f"""
+import json, sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
 import eval, test_eval
-test_eval.Generator.answers = json.loads(sys.argv[1])
-test_eval.Generator.stop, eval.CHUNK, eval.Engine = 200, 80, test_eval.Generator
-eval.main(sys.argv[2:])
+test_eval.Generator.answers, test_eval.Generator.stop = map(json.loads, sys.argv[1:3])
+eval.CHUNK, eval.Engine = 80, test_eval.Generator
+eval.main(sys.argv[3:])
 """
 
 
@@ -210,10 +210,10 @@ def test_an_interrupted_evaluation_goes_on(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert generate(*flags, "--out", whole, shares=shares, chunk=80)[0] == 0
     assert [n for n, *_ in Generator.requests] == [80, 80, 80, 60]
-    killed = [json.dumps(answers(hundred, shares)), "--model", small_model, *flags, "--out", broken]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-c", KILLED, *map(str, killed)]
-    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode == -9
+    (tmp_path / "program.py").write_text(PROGRAM)
+    program = [tmp_path / "program.py", json.dumps(answers(hundred, shares))]
+    killed = command(*program, 200, "--model", small_model, *flags, "--out", broken)
+    assert killed.returncode == -9
     rows = (broken / "samples.jsonl").read_text()
     assert rows.count("\n") == 160 and (whole / "samples.jsonl").read_text().startswith(rows)
     assert not (broken / "results.json").exists()
@@ -231,15 +231,17 @@ def test_an_interrupted_evaluation_goes_on(
     code, out, _ = generate(*flags, "--out", broken, shares=shares, chunk=80)
     assert code == 0 and "going on after 160 responses" in out
     assert sum(n for n, *_ in Generator.requests) == 140
-    assert (broken / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    (a, _), (b, _) = results(whole), results(broken)
-    assert (a["scores"], a["problems"]) == (b["scores"], b["problems"])
+    ranks = [*program, "null", "--model", small_model, *flags, "--out", tmp_path / "ranks"]
+    assert command(*ranks, ranks=2).returncode == 0  # two of them
+    (a, rows), *others = map(results, (whole, broken, tmp_path / "ranks"))
+    for b, same in others:
+        assert (a["scores"], a["problems"], rows) == (b["scores"], b["problems"], same)
     code, _, error = generate(*flags, "--out", broken, shares=shares)
     assert code == 2 and refused(error, "already holds results")
     # judged again: the same; with one response changed, one verdict; with a reward of one's own
     code, out, _ = inline("--rejudge", broken)
     assert code == 0 and "0 of 300 verdicts changed" in out
-    assert results(broken / "rejudged")[0]["scores"] == b["scores"]
+    assert results(broken / "rejudged")[0]["scores"] == a["scores"]
     lines = (broken / "samples.jsonl").read_text().splitlines()
     changed = next(i for i, line in enumerate(lines) if json.loads(line)["reward"])
     lines[changed] = json.dumps(json.loads(lines[changed]) | {"response": r"so</think>\boxed{-88}"})
@@ -256,7 +258,7 @@ def test_an_interrupted_evaluation_goes_on(
         assert row["reward"] == (len(row["response"]) < 20 and not row["truncated"])
     settings = found["settings"]
     assert (settings["out"], settings["reward"]) == (str(own), "mine:short")
-    assert settings["versions"] == b["settings"]["versions"] and settings["rejudge"] == str(broken)
+    assert settings["versions"] == a["settings"]["versions"] and settings["rejudge"] == str(broken)
     assert settings == json.loads((own / "settings.json").read_text())
 
 

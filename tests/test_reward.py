@@ -838,10 +838,10 @@ def test_golds_are_right_as_they_stand_and_in_other_words(judge, golds):
 
 
 def test_another_problems_answer_is_wrong(judge, golds):
-    """Another of the same benchmark per problem, and the number one above."""
+    """Of every third problem: another's of its benchmark, and the number one above."""
     rng, pairs = random.Random(0), []
     for answers in golds.values():
-        for i, answer in enumerate(answers):
+        for i, answer in list(enumerate(answers))[::3]:
             other = rng.choice([j for j in range(len(answers)) if j != i])
             pairs.append((rng.choice(answers[other]), answer))
             pairs += [
@@ -852,7 +852,7 @@ def test_another_problems_answer_is_wrong(judge, golds):
         for box, answer in pairs
         if not any(really_equal(box, gold) for gold in answer)
     ]
-    assert len(pairs) > 2200
+    assert len(pairs) > 700
     assert [pair for pair, got in zip(pairs, rewards(judge, pairs)) if got] == []
 
 
