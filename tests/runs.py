@@ -30,19 +30,21 @@ class Runs:
     """Runs in one process group, each with what it ended with."""
 
     def __init__(self, folder):
+        import reward
         import rollout
         import train
 
         self.train, self.folder, self.ended, self.ranks = train, folder, {}, train.start(1)
         train.start, train.stop = lambda *_: self.ranks, lambda: None
-        self.Engine, self.engines = rollout.Engine, {}
+        self.Engine, self.engines, self.judge = rollout.Engine, {}, reward.Judge()
 
     def __call__(self, name, *flags, **sabotage):
         """Run train.py with flags; sabotage: "module.name" -> what replaces it meanwhile."""
         if self.ranks.first:
             print(f"== {name}", flush=True)
         argv = ["train.py", *map(str, flags), "--out", str(self.folder / name)]
-        sabotage = {"sys__argv": argv, "rollout__Engine": self.engine} | sabotage
+        ours = {"rollout__Engine": self.engine, "train__Judge": self.one_judge, "sys__argv": argv}
+        sabotage = ours | sabotage
         with contextlib.ExitStack() as stack:
             for target, value in sabotage.items():
                 stack.enter_context(mock.patch(target.replace("__", "."), value))
@@ -50,6 +52,10 @@ class Runs:
                 self.ended[name] = self.train.main()
             except (RuntimeError, ValueError) as error:
                 self.ended[name] = f"{type(error).__name__}: {error}"
+
+    def one_judge(self):
+        """Its workers take seconds to start."""
+        return contextlib.nullcontext(self.judge)
 
     def engine(self, folder, max_len, cfg, ranks, kind=None, **how):
         """The real engine, one for all runs of a model: each takes a start, and 1 GiB of cache."""
@@ -62,19 +68,18 @@ class Runs:
 
 
 def algorithms(run, flags):
-    """A run for each entry of a JSON file, name -> flags."""
-    for name, values in json.loads(flags.read_text()).items():
-        run(name, *values)
-
-
-def evaluations(run, flags):
-    """An evaluation for each entry of a JSON file, name -> flags of eval.py."""
+    """A run for each entry of a JSON file, name -> flags; of eval.py where benchmarks are
+    asked for."""
     import eval
 
     eval.ranks.start, eval.ranks.stop = lambda *_: run.ranks, lambda: None
     for name, values in json.loads(flags.read_text()).items():
-        print(f"== {name}", flush=True)
-        run.ended[name] = eval.main(values)
+        if "--benchmarks" in values:
+            print(f"== {name}", flush=True)
+            with mock.patch("eval.Judge", run.one_judge):
+                run.ended[name] = eval.main(values)
+        else:
+            run(name, *values)
 
 
 def engine(run, _):
@@ -157,7 +162,7 @@ def apart(run, recorded):
     run("data", *flags, infra__toy__problems=lambda split: problems(split)[rank:])
 
 
-JOBS = algorithms, evaluations, engine, replayed, apart
+JOBS = algorithms, engine, replayed, apart
 
 if __name__ == "__main__":
     name, folder, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])

@@ -35,13 +35,15 @@ def launched(script, *args, **how):
     return done.stdout
 
 
-def together(folder, runs, job="algorithms", **how):
+def together(folder, runs, **how):
     """Runs of one start, one after the other (runs.py): name -> flags. Returns their outputs."""
     runs = {name: [str(flag) for flag in flags] for name, flags in runs.items()}
     (folder / "flags.json").write_text(json.dumps(runs))
-    stdout = launched("tests/runs.py", job, folder, folder / "flags.json", timeout=600, **how)
+    stdout = launched(
+        "tests/runs.py", "algorithms", folder, folder / "flags.json", timeout=600, **how
+    )
     for rank in range(how.get("ranks", 1)):
-        assert json.loads((folder / f"{job}-{rank}.json").read_text()) == dict.fromkeys(runs)
+        assert json.loads((folder / f"algorithms-{rank}.json").read_text()) == dict.fromkeys(runs)
     return {part.partition("\n")[0]: part for part in stdout.split("== ")[1:]}
 
 
@@ -461,9 +463,21 @@ TOY = (
 ).split()
 
 
+def asked(folder, own_run, guesser, easy_problems, benchmark):
+    """Flags of eval.py on the trained toy, on the best model of a user's own run (its own default
+    folder), and on a benchmark."""
+    named = ["--model", guesser, "--benchmarks", benchmark[0], *benchmark[1], "--k", 2]
+    named += ["--max_prompt", 400, "--max_response", 24, "--out", folder / "benchmark"]
+    trained = ["--model", folder / "whole/model", "--benchmarks", "toy", "--k", 2]
+    trained += ["--temperature", 1, "--out", folder / "eval"]
+    own = ["--model", own_run / "best", "--benchmarks", f"{easy_problems},{easy_problems}"]
+    own += ["--reward", "mine:even", "--max_prompt", 200, "--max_response", 24]
+    return dict(own=own, toy=trained, benchmark=named)
+
+
 @pytest.fixture(scope="module")
-def toy_runs(tmp_path_factory):
-    """Run folders by name.
+def toy_runs(own_run, guesser, easy_problems, benchmark, tmp_path_factory):
+    """Run folders by name, and what was `said`, evaluations too.
 
     whole: six steps on one rank. half: killed after the fourth, records damaged, resumed to six.
     two: two ranks, their torchrun killed after the fourth step, resumed to five on one rank. other:
@@ -506,7 +520,9 @@ def toy_runs(tmp_path_factory):
             done.result()
     whole = [*TOY, "--steps", 6, "--dump_rollouts"]
     half, two = (["--resume", "--steps", steps] for steps in (6, 5))
-    together(folder, dict(whole=whole, half=half, two=two))
+    runs = dict(whole=whole, half=half, two=two)
+    runs |= asked(folder, own_run[0], guesser, easy_problems, benchmark)
+    said = together(folder, runs, env={"PYTHONPATH": str(own_run[0].parent)})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -520,7 +536,8 @@ def toy_runs(tmp_path_factory):
             launched("train.py", *four, "--out", folder / "four", launcher=launcher)
 
         list(pool.map(node, (0, 1)))
-    return {name: folder / name for name in ("whole", "half", "two", "other", "four")}
+    names = ("whole", "half", "two", "other", "four")
+    return {name: folder / name for name in names} | {"said": said}
 
 
 def lines_of(folder):
@@ -624,20 +641,11 @@ def results_of(folder):
 
 
 @pytest.fixture(scope="module")
-def evaluations(toy_runs, own_run, guesser, easy_problems, benchmark, tmp_path_factory):
-    """(stdout, folder) of eval.py on the trained toy, on the best model of a user's own run (its
-    own default folder), and on a benchmark."""
-    out, best = tmp_path_factory.mktemp("eval"), own_run[0] / "best"
-    named = ["--model", guesser, "--benchmarks", benchmark[0], *benchmark[1], "--k", 2]
-    named += ["--max_prompt", 400, "--max_response", 24, "--out"]
-    trained = ["--model", toy_runs["whole"] / "model", "--k", 2, "--temperature", 1, "--out"]
-    own = ["--model", best, "--benchmarks", f"{easy_problems},{easy_problems}"]
-    own += ["--reward", "mine:even", "--max_prompt", 200, "--max_response", 24]
-    runs = dict(own=own, toy=[*trained, out / "toy"], benchmark=[*named, out / "benchmark"])
-    env = {"PYTHONPATH": str(own_run[0].parent)}
-    said = together(out, runs, "evaluations", env=env)
-    folders = {name: out / name for name in said} | {"own": own_run[0] / "eval-best"}
-    return {name: (said[name], folders[name]) for name in said}
+def evaluations(toy_runs, own_run):
+    """(stdout, folder) of those of `asked`."""
+    whole, best = toy_runs["whole"], own_run[0] / "eval-best"
+    folders = dict(own=best, toy=whole.with_name("eval"), benchmark=whole.with_name("benchmark"))
+    return {name: (toy_runs["said"][name], folder) for name, folder in folders.items()}
 
 
 def test_eval_on_the_trained_toy(evaluations):
