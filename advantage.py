@@ -61,39 +61,49 @@ def vtrace(rewards, values, logp_old, logp_behavior, mask, gamma=1.0, lam=1.0, c
 
 
 @torch.no_grad()
-def group_advantages(rewards, group, normalize_std=True):
+def group_advantages(rewards, group, normalize_std=True, baseline_drop=0.0):
     """GRPO's advantage of each response against the others of its prompt: (B,).
 
     rewards (B,), group (B,) int.
 
-        A = (R − mean) / (std + 1e-6), unbiased std
-        A = R − mean without normalize_std (Dr. GRPO, arXiv 2503.20783)
+        A = (R − V) / (std + 1e-6), unbiased std, V = (1 − baseline_drop)·mean
+        A = R − V without normalize_std (Dr. GRPO, arXiv 2503.20783)
 
     Group ids are any integers in any order. A group of one has A = 0, and so has a group of equal
-    rewards.
+    rewards. baseline_drop: see `whiten`.
     """
     # index (B,), sizes (G,)
     _, index, sizes = torch.unique(group, return_inverse=True, return_counts=True)
     # double: in float32 the mean of equal rewards may miss them, and 1e-6 would magnify that
     exact = rewards.double()  # (B,)
     total = torch.zeros(len(sizes), dtype=exact.dtype, device=exact.device)  # (G,)
-    centred = exact - (total.index_add(0, index, exact) / sizes)[index]  # (B,)
+    mean = total.index_add(0, index, exact) / sizes  # (G,)
+    centred = exact - mean[index]  # (B,)
+    variance = total.index_add(0, index, centred.square()) / (sizes - 1).clamp(min=1)  # (G,)
+    if baseline_drop:
+        centred = centred + baseline_drop * torch.where(variance > 0, mean, 0.0)[index]
     if normalize_std:
-        variance = total.index_add(0, index, centred.square()) / (sizes - 1).clamp(min=1)  # (G,)
         centred = centred / (variance.sqrt()[index] + 1e-6)
     return centred.to(torch.result_type(rewards, 1.0))
 
 
 @torch.no_grad()
-def whiten(advantages, mask):
+def whiten(advantages, mask, rewards=None, baseline_drop=0.0):
     """Shift and scale to mean 0 and (unbiased) variance 1 over the tokens of the mask; 0 elsewhere.
 
-    A = (A − mean) / (std + 1e-8). Without a second token there is no spread to divide by: the
-    result is 0.
+        A = (A − mean + baseline_drop·R̄) / (std + 1e-8)
+
+    baseline_drop lowers the baseline by so many times the mean reward R̄ of a response (rewards:
+    (B, T), wherever in its row a response's reward stands): off-policy, a baseline below the
+    expected reward improves the policy surely, one above may ruin it (Asymmetric REINFORCE, arXiv
+    2506.20520; relative to the mean: ours). Without a spread to divide by the result is 0.
     """
     keep = mask != 0  # (B, T)
     tokens = keep.sum().clamp(min=1)
     exact = torch.where(keep, advantages, 0.0).double()  # (B, T)
     centred = torch.where(keep, exact - exact.sum() / tokens, 0.0)  # (B, T)
     std = (centred.square().sum() / (tokens - 1).clamp(min=1)).sqrt()
+    if baseline_drop and std > 1e-6:
+        mean_reward = torch.where(keep, rewards, 0.0).double().sum() / len(keep)
+        centred = torch.where(keep, centred + baseline_drop * mean_reward, 0.0)
     return (centred / (std + 1e-8)).to(advantages.dtype)

@@ -107,6 +107,8 @@ NUMBERS = {
     "gae_lambda": flag(None, "λ of GAE and V-trace", AUTHORS, type=float, most=1),
     "c_bar": flag(None, "largest ratio that V-trace trusts", "GePPO", type=float),
     "normalize_std": flag(None, "divide a group's advantages by their spread", "GRPO", type=bool),
+    "baseline_drop": flag(None, "lowers the baseline by this share of the mean reward",
+                          "Asymmetric REINFORCE; as a share: ours", type=float),
     "value_clip": flag(None, "clip of the critic's change", AUTHORS, type=float),
     "temperature": flag(1.0, "of sampling in training; log-probs are taken at it", INFERRED,
                         least=0.01, fixed=True),
@@ -177,7 +179,7 @@ class Method:
         credit = cfg.advantage if cfg.advantage != "gae" else cfg.history_advantage
         self.estimator = ByName(ADVANTAGES[credit], lam="gae_lambda")
         self.critic = "values" in self.estimator.names
-        self.value_loss = ByName(value_loss, clip="value_clip")
+        self.whiten, self.value_loss = ByName(whiten), ByName(value_loss, clip="value_clip")
         # learner -> its loss, and how that is averaged over tokens
         self.losses = {
             "policy": (self.policy_loss, cfg.aggregate),
@@ -197,7 +199,8 @@ class Method:
         self.weight_of_base = ByName(kl_lambda, **shape)
         # all functions that the run calls, and the names of what they read: tensors and numbers
         self.active = [self.objective, self.estimator, *self.weights.values(), *self.terms.values()]
-        self.active += [self.value_loss] * self.critic + [self.weight_of_base] * bool(cfg.beta)
+        self.active += [self.whiten, self.value_loss] * self.critic
+        self.active += [self.weight_of_base] * bool(cfg.beta)
         ratios = {name for cell in self.weights for name in RATIOS[cell]}
         self.reads = ratios.union(*(function.names.values() for function in self.active))
         if cfg.lambda_floor == 1:  # then λ(t) never leaves 1
@@ -299,7 +302,8 @@ class Method:
         b = batch.padded([name for name in self.estimator.names if batch.has(name)])
         advantages, returns = self.estimator(b, self.numbers)  # (B, T) each
         batch["returns"] = [row[:n] for row, n in zip(returns, lengths)]
-        batch["advantages"] = [row[:n] for row, n in zip(whiten(advantages, b["mask"]), lengths)]
+        advantages = self.whiten({"advantages": advantages}, b, self.numbers)  # (B, T)
+        batch["advantages"] = [row[:n] for row, n in zip(advantages, lengths)]
 
     def columns(self, batch):
         """The names of the batch's columns that the losses read."""

@@ -64,6 +64,7 @@ FLAGS = {
     "preset": flag(None, "a run of the paper's tables, by --algo (docs/paper.md)", PAPER,
                    choices=("paper-1.5b", "paper-7b"), fixed=True),
     "model": flag(None, "folder, or name on the hub; none: the embedded default"),
+    "base_seed": flag(0, "seed of the embedded default's warm-up", most=2**32 - 1, fixed=True),
     "data": flag(DEEPSCALER, "training problems: a file (.jsonl, .json, .parquet), OWNER/NAME"
                  "[/CONFIGURATION] on the hub, or 'toy'", PAPER),
     "data_split": flag("train", "split of a data set on the hub", fixed=True),
@@ -123,15 +124,15 @@ FLAGS = {
 # The model's row: (pattern of the algorithm's name, or its --advantage; values), later ones win.
 MODELS = {
     "toy": [
-        ("*", dict(data="toy", template="raw", max_prompt=8, max_response=40, steps=100, prompts=8,
-                   minibatch=8, lr=1e-4, adam_beta2=0.95, weight_decay=0.0, entropy=0.0,
-                   lambda_start=20, lambda_every=5, eval_data="toy", eval_every=10, eval_k=2,
-                   save_every=50, micro_tokens=8192, activation_checkpointing=False,
-                   mismatch="none")),
-        ("gae", dict(prompts=64, minibatch=64, lr=2e-4, critic_lr=1e-3)),
+        ("*", dict(data="toy", template="raw", max_prompt=8, max_response=40, steps=40, prompts=16,
+                   minibatch=16, lr=2e-4, adam_beta2=0.95, weight_decay=0.0, entropy=0.0,
+                   lambda_start=10, lambda_every=5, baseline_drop=0.5, eval_data="toy",
+                   eval_every=2, eval_k=2, save_every=20, micro_tokens=8192,
+                   activation_checkpointing=False, mismatch="none")),
+        ("gae", dict(prompts=128, minibatch=128, lr=4e-4, critic_lr=1e-3)),
         ("*ppo", dict(beta=3e-3)),
         ("*grpo", dict(beta=3e-3)),
-        ("remix-*", dict(reincarnate=60)),
+        ("remix-*", dict(reincarnate=30)),
     ],
     "r1-distill": [("*", dict(template="r1", max_prompt=766, max_response=8192))],
     "qwen-math": [("*", dict(template="qwen-math", max_prompt=1024, max_response=3072))],
@@ -295,6 +296,8 @@ def check_files(cfg):
         raise ConfigError(f"--out {cfg.out} is a file: a run needs a folder")
     if cfg.model is None and cfg.data != "toy":
         raise ConfigError("--data needs --model: the embedded default knows no task but its own")
+    if "base_seed" in cfg.given and cfg.model is not None:
+        raise ConfigError("--base_seed is of the embedded default: leave out --model or it")
     if "data_split" in cfg.given and (cfg.data == "toy" or Path(cfg.data).exists()):
         raise ConfigError(
             f"--data_split is of data sets on the hub, and {cfg.data} is none: leave it out"

@@ -558,7 +558,7 @@ def prepare(cfg, say) -> Task:
         folder = model_folder(cfg.model)
         check_model(folder, cfg.tp)
     else:
-        folder = toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0")
+        folder = toy.model_folder(os.environ.get("LOCAL_RANK", "0") == "0", cfg.base_seed)
     tokenizer = load_tokenizer(folder)
 
     if cfg.template == "auto":

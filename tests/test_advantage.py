@@ -252,10 +252,41 @@ def test_whiten_is_the_oracle(seed, junk):
     )
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.5])
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e3])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 6])
-def test_whiten_without_spread_is_0(value, tokens):
+def test_whiten_without_spread_is_0(value, tokens, drop):
     x = torch.full((2, 3), math.nan)
     mask = (torch.arange(6) < tokens).reshape(2, 3)
     x[mask] = value
-    close(whiten(x, mask), torch.zeros(2, 3), rtol=0, atol=1e-6)
+    close(whiten(x, mask, torch.ones(2, 3), drop), torch.zeros(2, 3), rtol=0, atol=1e-6)
+
+
+# ---- the lowered baseline
+
+
+@HYPOTHESIS
+@given(st.integers(0, 2**32), st.sampled_from([0.25, 0.5, 2.0]), st.sampled_from(JUNK))
+def test_a_lowered_baseline_is_whitened_like_the_usual_one(seed, drop, junk):
+    """A = R − (V − drop·R̄), shifted by the mean of R − V and divided by its spread."""
+    rewards, values, *_, mask = batch(seed)
+    keep, raw = mask != 0, rewards - values
+    mean_reward = rewards[keep].sum() / len(mask)
+    lowered = (rewards - (values - drop * mean_reward))[keep]
+    expected = (lowered - raw[keep].mean()) / (raw[keep].std() + 1e-8)
+    got = whiten(torch.where(keep, raw, junk), mask, torch.where(keep, rewards, junk), drop)
+    close(got[keep], expected)
+    assert not got[~keep].any()
+    assert torch.equal(whiten(raw, mask, rewards, 0.0), whiten(raw, mask))
+
+
+def test_a_lowered_baseline_of_groups_by_hand():
+    """V = (1 − drop)·mean in groups that have a spread; equal rewards still say nothing."""
+    rewards = torch.tensor([1.0, 0, 1, 1, 0, 0, 1], dtype=F64)
+    group = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    got = group_advantages(rewards, group, normalize_std=False, baseline_drop=0.5)
+    close(got, torch.tensor([0.75, -0.25, 0, 0, 0, 0, 0], dtype=F64))
+    scaled = group_advantages(rewards, group, baseline_drop=0.5)
+    close(scaled, got / (math.sqrt(0.5) + 1e-6), rtol=1e-12, atol=0)
+    usual = group_advantages(rewards, group)
+    assert torch.equal(group_advantages(rewards, group, baseline_drop=0.0), usual)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_tables_hide_nothing():
     text = compare.tables(results(rows), budget=1000, target=0.7)
     table = [line for line in text.splitlines() if line.startswith("|")]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
-    assert lines[0][2] == "fresh rollouts to 70%: median [each seed]"
+    assert lines[0][2] == "fresh rollouts to 70%: median [each base and seed]"
     best = ["300 [300]", "0.800 [0.800, 0.800]", "20.0", "30.0"]
     other = ["500 [400, 500, >1000]", "0.710 [0.600, 0.750]", "20.0", "30.0"]
     for line in (
@@ -142,7 +143,7 @@ def test_tables_hide_nothing():
 
 def test_picture_of_all_rows(tmp_path):
     records = []
-    for i, row in enumerate(compare.ROWS):
+    for i, row in enumerate(compare.ROWS.split(",")):
         for seed in range(3):
             run = plot.load_run(
                 write_run(tmp_path / f"{i}-{seed}", row, seed=seed, lag=900 + 300 * i)
@@ -164,12 +165,12 @@ def test_complete(tmp_path):
     assert not compare.complete(run, 8) and not compare.complete(tmp_path / "none", 8)
 
 
-@pytest.mark.parametrize("row", compare.ROWS)
+@pytest.mark.parametrize("row", compare.ROWS.split(","))
 def test_plan_meets_the_budget_and_no_more(row):
-    flags, steps = compare.plan(row, seed=1, budget=3000, lr=1e-4)
+    flags, steps = compare.plan(row, 2, seed=1, budget=3000, lr=1e-4)
     cfg = compare.settings(flags)
     assert compare.total_rollouts(cfg, steps - 1) < 3000 <= compare.total_rollouts(cfg, steps)
-    assert (cfg.steps, cfg.seed, cfg.lr) == (steps, 1, 1e-4)
+    assert (cfg.steps, cfg.base_seed, cfg.seed, cfg.lr) == (steps, 2, 1, 1e-4)
     fresh = compare.total_rollouts(cfg, 1)
     assert abs(cfg.eval_every * fresh - 256) <= fresh / 2
 
@@ -181,7 +182,7 @@ def save_config(folder, cfg):
 
 
 def test_runs_with_other_settings_are_refused(tmp_path):
-    flags, steps = compare.plan("ppo", 0, 640, 2e-4)
+    flags, steps = compare.plan("ppo", 0, 0, 640, 2e-4)
     run = write_run(tmp_path / "a", steps=steps)
     save_config(run, compare.settings([*flags, "--micro_tokens", "150"]))
     compare.train(run, flags, steps)  # the same but for the machine, and complete: nothing to start
@@ -224,15 +225,21 @@ def fake(tmp_path, monkeypatch):
 
 
 def test_compare_command_goes_on_with_what_is_missing(fake, monkeypatch, capfd):
-    monkeypatch.setattr(compare, "ROWS", ("ppo --utd 2", "grpo"))
-    arguments = "--budget 640 --lrs 2e-4 --grpo_lrs 1e-4 --target 0.3".split()
+    arguments = "--budget 640 --lrs 2e-4 --grpo_lrs 1e-4 --target 0.3 --bases 3".split()
+    arguments += ["--rows", "ppo --utd 2,grpo"]
     with pytest.raises(SystemExit) as stop:
         compare.main([*arguments, "--seeds", "0,13"])
     text, folder = capfd.readouterr(), fake / "runs" / "compare"
     assert "2 of 4 runs failed" in str(stop.value) and text.err.count("Boom: an unlucky seed") == 2
     assert (folder / "table.md").read_text() in text.out and "1 of 2" in text.out
     assert is_picture(folder / "compare.png")
-    (folder / "grpo-lr1e-4-10steps-seed0" / "model" / "config.json").unlink()
+    points = pd.read_json(folder / "results.jsonl", lines=True)
+    assert list(points["seed"]) == [0, 13] * 2 and points["accuracy"].notna().sum() == 2
+    (folder / "grpo-lr1e-4-5steps-base3-seed0" / "model" / "config.json").unlink()
+    compare.main([*arguments, "--seeds", "0,1", "--dry_run"])
+    assert re.fullmatch(
+        r"3 of 4 runs to do, 2 at once, \d+ s each: 0.0 hours\n", capfd.readouterr().out
+    )
     compare.main([*arguments, "--seeds", "0,1"])
     last = capfd.readouterr().out.splitlines()[-1]
     assert last == "runs/compare/table.md runs/compare/compare.png"
@@ -242,8 +249,8 @@ def test_compare_command_goes_on_with_what_is_missing(fake, monkeypatch, capfd):
             log.read_text().count("started train.py"),
             log.read_text().count("--resume"),
         )
-    names = [f"ppo-utd2-lr2e-4-10steps-seed{seed}" for seed in (0, 1, 13)]
-    names += [f"grpo-lr1e-4-10steps-seed{seed}" for seed in (0, 1, 13)]
+    names = [f"ppo-utd2-lr2e-4-5steps-base3-seed{seed}" for seed in (0, 1, 13)]
+    names += [f"grpo-lr1e-4-5steps-base3-seed{seed}" for seed in (0, 1, 13)]
     assert done == dict.fromkeys(names, (1, 0)) | {names[3]: (2, 1)}
 
 
@@ -257,13 +264,21 @@ def test_demo_command(fake, capfd):
     assert "Fresh rollouts to 40%, PPO over ReMix-PPO: 0." in out
 
 
+def reached(rollouts, earliest, latest):
+    return dict(rollouts=rollouts, earliest=earliest, latest=latest)
+
+
+NOT, PPO = reached(math.inf, 300, math.inf), reached(300, 200, 500)
+
+
 @pytest.mark.parametrize(
     "remix, ppo, text",
     [
-        (200, 300, "PPO over ReMix-PPO: 1.50 "),
-        (200, math.inf, "PPO over ReMix-PPO: above 5.00 "),
-        (math.inf, 300, "No ratio: ReMix-PPO did not go from below to 50% within 1000 fresh"),
-        (0, 300, "No ratio:"),
+        (reached(200, 100, 400), PPO, "PPO over ReMix-PPO: 1.50 [0.50, 5.00], one base"),
+        (reached(200, 100, 400), NOT, "ReMix-PPO: above 5.00 [0.75, above 10.00], one base"),
+        (reached(200, 0, math.inf), PPO, "PPO over ReMix-PPO: 1.50 [?, ?], one base"),
+        (NOT, PPO, "No ratio: ReMix-PPO did not go from below to 50% within 1000 fresh"),
+        (reached(0, 0, 0), PPO, "No ratio:"),
     ],
 )
 def test_the_sentence_of_the_demo(remix, ppo, text):
@@ -273,7 +288,7 @@ def test_the_sentence_of_the_demo(remix, ppo, text):
 def test_demo_says_which_command_failed(fake, capfd):
     with pytest.raises(SystemExit) as stop:
         compare.main("demo --budget 640 --nproc 1 --seed 13".split())
-    assert "train.py --algo remix-ppo --seed 13" in str(stop.value)
+    assert "train.py --algo remix-ppo --base_seed 0 --seed 13" in str(stop.value)
     assert "exit code 1" in str(stop.value)
 
 

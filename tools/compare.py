@@ -1,8 +1,8 @@
 """Many runs under one budget of fresh rollouts; what came out of them as a table and a picture.
 
-    python tools/compare.py        every algorithm, learning rate and seed on the embedded default:
-                                   runs/compare/table.md and compare.png. Run it again and it goes
-                                   on with what is missing.
+    python tools/compare.py        rows, learning rates, bases and seeds on the embedded default:
+                                   runs/compare/table.md, compare.png and results.jsonl. Run it
+                                   again and it goes on with what is missing; --dry_run: its hours.
     python tools/compare.py demo   ReMix-PPO against PPO in minutes: runs/demo-N/demo.png
 
 Every row gets the same number of learning rates, so that no algorithm is tuned more than another,
@@ -31,15 +31,19 @@ from infra.config import Parser, exit_bad_input
 from methods import parse, total_rollouts
 from tools import plot
 
-ROWS = "ppo,ppo --utd 2,grpo,grpo --utd 2,mix-ppo,mix-grpo,remix-ppo,remix-grpo".split(",")
+ROWS = (
+    "ppo,ppo --utd 2,mix-ppo,remix-ppo,ppo --baseline_drop 0,remix-ppo --baseline_drop 0,"
+    "grpo,grpo --utd 2,mix-grpo,remix-grpo"
+)
+RUN_SECONDS, START_SECONDS = 75, 25  # of a run, its start included, and of that, on one core
 EVAL_ROLLOUTS = 256  # about so many fresh rollouts between two evaluations
 MACHINE = {"out", "resume", "threads", "micro_tokens", "engine_memory", "dtype"}
 # Runs side by side on few cores; quiet.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 ABOUT = """\
-Every run has a budget of {budget} fresh rollouts. The target is reached at the first evaluation
-whose centred 3-point mean reaches it. Final accuracy and response length are means over the last 3
-evaluations.
+Every run has a budget of {budget} fresh rollouts; a base is a warm-up with a seed of its own. The
+target is reached at the first evaluation whose centred 3-point mean reaches it. Final accuracy and
+response length are means over the last 3 evaluations.
 
 Each algorithm at its best learning rate: lowest median of rollouts to the target; on a tie, or
 where the target is not reached, highest median of final accuracy.
@@ -70,9 +74,13 @@ def rollouts_to_target(points, target):
 def summary(run, target):
     """The figures of one plot.Run. "accuracy", "length": means of its last 3 evaluations."""
     points = plot.series(run, "total_rollouts", "eval_accuracy")
+    # what the mean of three evaluations of the toy's 128 problems may be off, 95 %
+    noise = 1.96 * math.sqrt(target * (1 - target) / (3 * 128 * run.values.get("eval_k", 1)))
     return dict(
         points=points,
         rollouts=rollouts_to_target(points, target),
+        earliest=rollouts_to_target(points, target - noise),
+        latest=rollouts_to_target(points, target + noise),
         accuracy=points.tail(3).mean(),
         length=plot.series(run, "total_rollouts", "eval_length_mean").tail(3).mean(),
         seconds=run.metrics["seconds"].iloc[-1],
@@ -100,7 +108,7 @@ def cells(runs, budget, target):
     median = done[["rollouts", "accuracy", "length", "seconds"]].median()
     low, high = done["accuracy"].min(), done["accuracy"].max()
     each = ", ".join(rollouts_text(value, budget) for value in done["rollouts"])
-    goal = f"fresh rollouts to {target:.0%}: median [each seed]"
+    goal = f"fresh rollouts to {target:.0%}: median [each base and seed]"
     texts = {
         goal: f"{rollouts_text(median['rollouts'], budget)} [{each}]",
         "final accuracy: median [min, max]": f"{median['accuracy']:.3f} [{low:.3f}, {high:.3f}]",
@@ -173,10 +181,10 @@ def settings(flags):
     return parse([*flags, "--out", "no run"])
 
 
-def plan(row, seed, budget, lr=None):
+def plan(row, base, seed, budget, lr=None):
     """(flags for train.py, steps) of one run. row: an algorithm, perhaps with flags; lr None: the
     default. Steps are the smallest number that reaches the budget."""
-    flags = ["--algo", *row.split(), "--seed", str(seed)]
+    flags = ["--algo", *row.split(), "--base_seed", str(base), "--seed", str(seed)]
     if lr is not None:
         flags += ["--lr", str(lr)]
     cfg = settings(flags)
@@ -238,27 +246,43 @@ def call(*command):
 
 
 def planned(args, folder):
-    """The runs of a comparison, each a dict: row, lr, seed; run (its folder), flags, steps."""
-    lrs = [float(lr) for lr in args.lrs.split(",")]
-    grpo_lrs = [float(lr) for lr in args.grpo_lrs.split(",")]
+    """The runs of a comparison, each a dict: row, lr, base, seed; run (folder), flags, steps."""
+    lrs, grpo_lrs = ([float(lr) for lr in text.split(",")] for text in (args.lrs, args.grpo_lrs))
     if len(lrs) != len(grpo_lrs):
         raise ValueError("--lrs and --grpo_lrs differ in length: every row gets as many rates")
+    bases, seeds = ([int(n) for n in text.split(",")] for text in (args.bases, args.seeds))
     jobs = []
-    for row in ROWS:
-        rates = grpo_lrs if "grpo" in row else lrs
-        for lr, seed in product(rates, map(int, args.seeds.split(","))):
-            flags, steps = plan(row, seed, args.budget, lr)
+    for row in args.rows.split(","):
+        for lr, base, seed in product(grpo_lrs if "grpo" in row else lrs, bases, seeds):
+            flags, steps = plan(row, base, seed, args.budget, lr)
             name = row.replace(" --", "-").replace(" ", "")
-            run = folder / f"{name}-lr{plot.number(lr)}-{steps}steps-seed{seed}"
-            jobs.append(dict(row=row, lr=lr, seed=seed, run=run, flags=flags, steps=steps))
+            name = f"{name}-lr{plot.number(lr)}-{steps}steps-base{base}-seed{seed}"
+            run = folder / name
+            jobs.append(dict(row=row, lr=lr, base=base, seed=seed, run=run, flags=flags))
+            jobs[-1]["steps"] = steps
     return jobs
+
+
+def hours(jobs, at_once):
+    """What is left to do, in a line; by what the finished runs took, if there are any."""
+    done = [job for job in jobs if complete(job["run"], job["steps"])]
+    left, seconds = len(jobs) - len(done), RUN_SECONDS
+    if done:
+        took = [plot.load_run(job["run"]).metrics["seconds"].iloc[-1] for job in done]
+        seconds = START_SECONDS + sum(took) / len(took)
+    total = f"{left * seconds / at_once / 3600:.1f} hours"
+    return f"{left} of {len(jobs)} runs to do, {at_once} at once, {seconds:.0f} s each: {total}"
 
 
 def compare(args, runs):
     folder, failed = runs / "compare", 0
     jobs = planned(args, folder)
+    print(hours(jobs, args.jobs), flush=True)
+    if args.dry_run:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    call("-m", "infra.toy")  # once, before runs side by side look for it
+    for base in dict.fromkeys(job["base"] for job in jobs):
+        call("-m", "infra.toy", str(base))  # once, before runs side by side look for it
     pool = ThreadPoolExecutor(args.jobs)
     try:
         running = [pool.submit(train, job["run"], job["flags"], job["steps"]) for job in jobs]
@@ -271,8 +295,10 @@ def compare(args, runs):
     for job in jobs:
         if complete(job["run"], job["steps"]):
             job |= summary(plot.load_run(job["run"]), args.target)
-    columns = ["row", "lr", "seed", "points", "rollouts", "accuracy", "length", "seconds"]
+    columns = ["row", "lr", "base", "seed", "points", "rollouts", "accuracy", "length", "seconds"]
     results = pd.DataFrame(jobs, columns=columns)
+    small = results.drop(columns="points").replace(math.inf, None)
+    small.to_json(folder / "results.jsonl", orient="records", lines=True)
     table, chart = folder / "table.md", folder / "compare.png"
     text = tables(results, args.budget, args.target)
     table.write_text(text)
@@ -284,24 +310,32 @@ def compare(args, runs):
 
 
 def sentence(remix, ppo, target, budget):
-    """What the demo says of the fresh rollouts that the two needed (inf: not reached)."""
-    if not 0 < remix < math.inf:
+    """What the demo says of two runs: summaries (inf: not reached). The interval is of what the
+    evaluations of these two can tell, not of what other seeds would give."""
+    if not 0 < remix["rollouts"] < math.inf:
         what = f"ReMix-PPO did not go from below to {target:.0%}"
         return f"No ratio: {what} within {budget} fresh rollouts."
-    ratio = f"{ppo / remix:.2f}" if ppo < math.inf else f"above {budget / remix:.2f}"
-    what = f"Fresh rollouts to {target:.0%}, PPO over ReMix-PPO"
-    return f"{what}: {ratio} (one seed, one learning rate)."
+
+    def ratio(ppo, remix):
+        if remix in (0, math.inf):
+            return "?"
+        return f"{ppo / remix:.2f}" if ppo < math.inf else f"above {budget / remix:.2f}"
+
+    low, high = ratio(ppo["earliest"], remix["latest"]), ratio(ppo["latest"], remix["earliest"])
+    middle = ratio(ppo["rollouts"], remix["rollouts"])
+    what = f"Fresh rollouts to {target:.0%}, PPO over ReMix-PPO: {middle} [{low}, {high}]"
+    return f"{what}, one base and seed; over others: docs/results.md."
 
 
 def demo(args, runs):
     taken = [int(path.name[5:]) for path in runs.glob("demo-*") if path.name[5:].isdigit()]
     folder = runs / f"demo-{max(taken, default=0) + 1}"
     folder.mkdir(parents=True)
-    call("-m", "infra.toy")
+    call("-m", "infra.toy", str(args.base))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.nproc)]
     runs = [folder / "remix-ppo", folder / "ppo"]
     for run in runs:
-        flags, _ = plan(run.name, args.seed, args.budget)
+        flags, _ = plan(run.name, args.base, args.seed, args.budget)
         call(*torchrun, "train.py", *flags, "--out", str(run))
 
     def held_out(run):
@@ -315,7 +349,7 @@ def demo(args, runs):
     for run, score in zip(runs, scores):
         loaded.append(plot.load_run(run))
         seen = summary(loaded[-1], args.target)
-        reached.append(seen["rollouts"])
+        reached.append(seen)
         line = {"algorithm": run.name, goal: rollouts_text(seen["rollouts"], args.budget)}
         line["final accuracy (held-out)"] = f"{score['pass@1']:.3f}"
         line["response length (tokens)"] = f"{score['length_mean']:.1f}"
@@ -341,17 +375,21 @@ def main(argv=None):
         kind = type(default)
         parser.add_argument(name, type=kind, default=default, help=f"{help} [{default}]")
 
-    flag("--budget", 4096, "fresh rollouts of each run")
-    flag("--target", 0.5 if command is demo else 0.6, "evaluation accuracy to reach (share)")
+    flag("--budget", 2560, "fresh rollouts of each run")
+    flag("--target", 0.6, "evaluation accuracy to reach (share)")
     flag("--runs", "runs", "folder of everything written")
     if command is demo:
+        flag("--base", 0, "seed of the base")
         flag("--seed", 0, "seed of both runs")
         flag("--nproc", 2, "ranks")
     else:
+        flag("--rows", ROWS, "algorithms, perhaps with flags")
         flag("--lrs", "2e-4,4e-4,8e-4", "learning rates of the PPO family")
         flag("--grpo_lrs", "1e-4,2e-4,4e-4", "as many of the GRPO family")
-        flag("--seeds", "0,1,2", "seeds of each row and rate")
+        flag("--bases", "10,11,12,13,14", "seeds of bases, not those tuned on (0, 1)")
+        flag("--seeds", "0", "seeds of each row, rate and base")
         flag("--jobs", 2, "runs at once")
+        parser.add_argument("--dry_run", action="store_true", help="say how long it will take")
     try:
         args = parser.parse_args(argv[1:] if command is demo else argv)
         command(args, Path(args.runs).resolve())
