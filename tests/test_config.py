@@ -49,9 +49,9 @@ def test_function_algorithm_model_preset_flag():
     cfg = parsed("--algo remix-grpo --prompts 24")
     assert cfg.clip_low == 0.2  # mix_ppg's own
     assert (cfg.group_size, cfg.window) == (8, 2)  # the algorithm's, the flag's own
-    assert (cfg.lambda_start, cfg.reincarnate) == (20, 60)  # the toy's, over the algorithm's 50
+    assert (cfg.lambda_start, cfg.reincarnate) == (10, 30)  # the toy's, over the algorithm's 50
     assert cfg.prompts == 24 and cfg.given == {"algo", "prompts"}
-    assert parsed("--algo mix-grpo").reincarnate == 0 and parsed("--algo ppo").minibatch == 64
+    assert parsed("--algo mix-grpo").reincarnate == 0 and parsed("--algo ppo").minibatch == 128
     cfg = parsed("--preset paper-7b --model elsewhere/DeepSeek-R1-Distill-Qwen-7B --prompts 128")
     assert (cfg.model, cfg.prompts, cfg.steps) == ("elsewhere/DeepSeek-R1-Distill-Qwen-7B", 128, 75)
     assert (cfg.template, cfg.p) == ("r1", 0.4)
@@ -133,7 +133,7 @@ def test_a_resume_applies_no_rows_and_flags_override(tmp_path):
     folder = saved_run(tmp_path / "run", forgotten_flag=1)
     cfg = parsed(f"--resume --out {folder} --p 0.25")  # no change is no conflict
     found = cfg.algo, cfg.p, cfg.steps, cfg.lr, cfg.minibatch, cfg.resume
-    assert found == ("mix-ppo", 0.25, 12, 0.5, 64, True)  # not the rows' p and steps
+    assert found == ("mix-ppo", 0.25, 12, 0.5, 128, True)  # not the rows' p and steps
     cfg = parsed(f"--resume --out {folder} --steps 20 --lr 0.25 --no-resume --resume")
     assert (cfg.steps, cfg.lr, cfg.p) == (20, 0.25, 0.25)
 
