@@ -130,6 +130,7 @@ MODELS = {
                    eval_every=2, eval_k=2, save_every=20, micro_tokens=8192,
                    activation_checkpointing=False, mismatch="none")),
         ("gae", dict(prompts=128, minibatch=128, lr=4e-4, critic_lr=1e-3)),
+        ("ppo", dict(lr=8e-4)),
         ("*ppo", dict(beta=3e-3)),
         ("*grpo", dict(beta=3e-3)),
         ("remix-*", dict(reincarnate=30)),
