@@ -198,5 +198,5 @@ def model_folder(first=True, seed=0):
 if __name__ == "__main__":
     try:
         print(model_folder(seed=int(*sys.argv[1:2])))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
