@@ -213,7 +213,9 @@ def hub():
 
 
 # first, so that of two processes that take files in this order neither is left alone with one
-LONGEST = ["test_train.py", "test_real.py", "test_eval.py", "test_reward.py", "test_rollout.py"]
+LONGEST = (
+    "test_train.py test_real.py test_toy.py test_eval.py test_reward.py test_rollout.py".split()
+)
 
 
 def pytest_collection_modifyitems(items):
