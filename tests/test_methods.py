@@ -248,16 +248,19 @@ def test_group_advantages_without_their_spread():
     batch = Batch(groups_of([[1.0, 0.0, 0.0, 0.0]]), [])
     method("--algo grpo --group_size 4 --no-normalize_std").credit(batch)
     assert [a[0].item() for a in batch["advantages"]] == [0.75, -0.25, -0.25, -0.25]
+    method("--algo grpo --group_size 4 --no-normalize_std --baseline_drop 0.5").credit(batch)
+    assert [a[0].item() for a in batch["advantages"]] == [0.875, -0.125, -0.125, -0.125]
 
 
-def whitened(numbers):
+def whitened(numbers, raised):
     centre, spread = statistics.mean(numbers), statistics.stdev(numbers)
-    return [(x - centre) / spread for x in numbers]
+    return [(x - centre + raised) / spread for x in numbers]
 
 
 CREDIT = [  # flags, advantages, returns
     # γ = λ = 1: A = R − V
     ("", [0.8, 0.5, -0.4], [1, 1, 0]),
+    ("--baseline_drop 0.3", [0.8, 0.5, -0.4], [1, 1, 0]),
     # δ = (0 + 0.5·0.5 − 0.2, 1 − 0.5, −0.4), A_0 = 0.05 + 0.4·0.5
     ("--gamma 0.5 --gae_lambda 0.8", [0.25, 0.5, -0.4], [0.45, 1, 0]),
     # where π_k would go half as often, what follows counts half
@@ -276,7 +279,8 @@ def test_advantages_under_a_critic(flags, raw, returns):
     batch["values"] = [torch.tensor([0.2, 0.5]), torch.tensor([0.4])]
     method(flags).credit(batch)
     found = torch.cat(batch["advantages"]).tolist()
-    assert found == pytest.approx(whitened(raw), rel=1e-4)
+    raised = 0.3 * 0.5 if "baseline_drop" in flags else 0.0  # the mean reward is a half
+    assert found == pytest.approx(whitened(raw, raised), rel=1e-4)
     assert torch.cat(batch["returns"]).tolist() == pytest.approx(returns, abs=1e-6)
 
 

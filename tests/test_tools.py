@@ -261,7 +261,7 @@ def test_demo_command(fake, capfd):
     assert out.splitlines()[-1] == "runs/demo-2/demo.png runs/demo-2/remix-ppo runs/demo-2/ppo"
     assert is_picture(fake / "runs" / "demo-2" / "demo.png") and "| 0.750" in out
     assert "started -m torch.distributed.run --standalone --nproc_per_node 1 train.py --algo" in out
-    assert re.search(r"Fresh rollouts to 40%, PPO over ReMix-PPO: .* \[.*, .*\], one base", out)
+    assert "40%, PPO over ReMix-PPO: above 1.11 [?, above 1.67], one base and seed" in out
 
 
 def reached(rollouts, earliest, latest):

@@ -211,7 +211,7 @@ def test_every_algorithm_on_real_problems(real_run, algo):
         assert lines[1]["ess"] > lines[2]["ess"]  # older samples weigh less evenly
     if algo != "grpo":  # on the easy problems there is something to learn
         assert any(line["accuracy"] > 0 for line in lines)
-        assert any(line["policy_loss"] for line in lines)
+        assert any(abs(line["policy_loss"]) > 1e-5 for line in lines)
     shown = [line for line in stdout.splitlines() if line.startswith("step ")]
     assert [line[:11] for line in shown] == [f"step    {i}/4" for i in (1, 2, 3, 4)]
     assert stdout.count("reincarnation after step 3") == ("remix" in algo)
