@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,9 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from infra import toy
+from infra import data, toy
+from model import Policy, collate
+from reward import final_answer
 
 RECORD, SEEDS = ROOT / "docs" / "bases.jsonl", range(5)
 KINDS = {
@@ -36,26 +39,18 @@ KINDS = {
 @torch.no_grad()
 def figures(folder):
     """{"mass", "greedy"} of a model on the held-out problems."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy, tokenizer = Policy(folder, 1.0), data.load_tokenizer(folder)
     mass, greedy, problems = 0.0, 0, toy.problems("test")
     for problem in problems:
-        prompt, answer = problem["problem"], problem["answer"]
-        texts = [t for t in toy.demonstrations(prompt) if t.endswith(f"#{answer}")]
-        rows = [torch.tensor([*tokenizer.encode(prompt + t), 1]) for t in texts]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        logp = model(input_ids=ids).logits.double().log_softmax(-1)[:, :-1]
-        chosen = logp.gather(-1, ids[:, 1:, None])[..., 0]  # (texts, L - 1)
-        after = torch.arange(1, ids.shape[1])
-        lengths = torch.tensor([len(row) for row in rows])[:, None]
-        response = (after >= len(prompt)) & (after < lengths)
-        mass += (chosen * response).sum(-1).exp().sum().item()
-        start = torch.tensor([tokenizer.encode(prompt)])
-        said = model.generate(start, do_sample=False, max_new_tokens=40)[0, len(prompt) :]
-        text = tokenizer.decode(said, skip_special_tokens=True)
-        greedy += text.rpartition("#")[2] == answer
+        text, answer = problem["problem"], problem["answer"]
+        prompt = torch.tensor(tokenizer.encode(text))
+        right = [t for t in toy.demonstrations(text) if t.endswith(f"#{answer}")]
+        responses = [torch.tensor([*tokenizer.encode(t), tokenizer.eos_token_id]) for t in right]
+        samples = [Namespace(prompt=prompt, response=response) for response in responses]
+        mass += policy(**collate(samples, "cpu"))["logp"].sum(-1).exp().sum().item()
+        said = policy.lm.generate(prompt[None], do_sample=False, max_new_tokens=40)[0]
+        said = tokenizer.decode(said[len(prompt) :], skip_special_tokens=True)
+        greedy += final_answer(said, "hash") == answer
     return {"mass": mass / len(problems), "greedy": greedy / len(problems)}
 
 

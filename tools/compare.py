@@ -257,9 +257,8 @@ def planned(args, folder):
             flags, steps = plan(row, base, seed, args.budget, lr)
             name = row.replace(" --", "-").replace(" ", "")
             name = f"{name}-lr{plot.number(lr)}-{steps}steps-base{base}-seed{seed}"
-            run = folder / name
-            jobs.append(dict(row=row, lr=lr, base=base, seed=seed, run=run, flags=flags))
-            jobs[-1]["steps"] = steps
+            job = dict(row=row, lr=lr, base=base, seed=seed, run=folder / name)
+            jobs.append(job | dict(flags=flags, steps=steps))
     return jobs
 
 
